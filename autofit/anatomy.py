@@ -1,0 +1,90 @@
+"""Which part of a pipe is which, and how to change one thing of it and put it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofit.spec import BadInput, Role
+
+DENOISERS = ("transformer", "unet")
+VAES = ("vae", "vqvae", "movq")
+_ABSENT = object()
+
+
+def modules(pipe: Any) -> dict[str, nn.Module]:
+    """The pipe's components that hold weights, by name, in the pipe's own order."""
+    return {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
+
+
+def role(name: str) -> Role:
+    if name in DENOISERS:
+        return Role.DENOISER
+    if name in VAES:
+        return Role.VAE
+    return Role.ENCODER if "encoder" in name else Role.OTHER
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The component that runs every step.
+
+    Raises:
+        BadInput: the pipe has none that we know.
+    """
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            module: nn.Module = getattr(pipe, name)
+            return module
+    raise BadInput(
+        f"{type(pipe).__name__} has no component named {' or '.join(DENOISERS)}:"
+        " autofit plans pipelines with one denoiser"
+    )
+
+
+def vae(pipe: Any) -> Any | None:
+    return next((m for n, m in modules(pipe).items() if role(n) is Role.VAE), None)
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Every parameter and buffer with its owner and its name there; shared ones once an owner."""
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield owner, name, tensor
+
+
+@contextmanager
+def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of one object; on exit the object's own ``__dict__`` is as it was."""
+    before = target.__dict__.get(name, _ABSENT)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            target.__dict__.pop(name, None)
+        else:
+            target.__dict__[name] = before
+
+
+@contextmanager
+def weights_held(module: nn.Module) -> Iterator[None]:
+    """Whatever happens to the weights inside, the same tensors are back in their places on exit.
+
+    Holds the tensors found, so what moves or casts inside costs a copy; nothing is copied back.
+    """
+    found = [(owner, name, tensor, tensor.data) for owner, name, tensor in tensors(module)]
+    try:
+        yield
+    finally:
+        for owner, name, tensor, data in found:
+            table: dict[str, Any] = (
+                owner._parameters if name in owner._parameters else owner._buffers
+            )
+            table[name] = tensor
+            tensor.data = data

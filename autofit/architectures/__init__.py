@@ -1,0 +1,106 @@
+"""Built-in architectures: pipelines of the published shapes with random weights, made offline."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autofit.spec import BadInput
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A built-in model. ``dtype`` is that of the published weights as people load them."""
+
+    name: str
+    cls: str  # diffusers pipeline class
+    summary: str
+    dtype: str
+    width: int
+    height: int
+    steps: int
+    parameters: int  # of all components, buffers not counted
+
+
+_SD, _SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+_SD3, _FLUX, _PIX = "StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"
+_F32, _F16, _BF16 = "float32", "float16", "bfloat16"
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture("tiny-sd", _SD, "UNet, CLIP: for tests", _F32, 64, 64, 4, 1_475_291),
+    Architecture("tiny-sdxl", _SDXL, "UNet, two CLIPs: for tests", _F32, 64, 64, 4, 3_892_763),
+    Architecture("tiny-flux", _FLUX, "DiT, CLIP, T5: for tests", _F32, 64, 64, 4, 554_635),
+    Architecture("tiny-sd3", _SD3, "DiT, two CLIPs, T5: for tests", _F32, 64, 64, 4, 545_291),
+    Architecture("sd15", _SD, "Stable Diffusion 1.5", _F32, 512, 512, 50, 1_066_235_307),
+    Architecture("sdxl", _SDXL, "Stable Diffusion XL base", _F16, 1024, 1024, 30, 3_468_837_867),
+    Architecture(
+        "sd35-medium", _SD3, "Stable Diffusion 3.5 medium", _BF16, 1024, 1024, 40, 7_907_612_003
+    ),
+    Architecture("flux-dev", _FLUX, "FLUX.1-dev", _BF16, 1024, 1024, 28, 16_870_599_139),
+    Architecture("pixart-sigma", _PIX, "PixArt-Sigma XL", _F16, 1024, 1024, 20, 5_456_820_615),
+)
+
+
+def names() -> tuple[str, ...]:
+    return tuple(a.name for a in ARCHITECTURES)
+
+
+def build(name: str, *, dtype: str | None = None, seed: int = 0) -> Any:
+    """Build a built-in pipeline on the CPU with random weights, ready to run.
+
+    Without ``dtype`` the weights have the architecture's own. The same seed gives the same weights.
+
+    Raises:
+        BadInput: no such architecture, or a dtype that weights cannot have.
+    """
+    architecture = next((a for a in ARCHITECTURES if a.name == name), None)
+    if architecture is None:
+        raise _unknown(name)
+    from autofit.architectures import published, tiny
+    from autofit.architectures.checkpoint import torch_dtype
+    from autofit.architectures.weights import materialize
+
+    to = torch_dtype(dtype or architecture.dtype)
+    pipe = (tiny.PIPELINES | published.PIPELINES)[name]()
+    materialize(pipe, to, seed)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(model: str, *, dtype: str | None = None) -> Any:
+    """Load a built-in, else a local folder, else ``org/name`` from the Hub, on the CPU.
+
+    Without ``dtype`` every component has the dtype of its own weights.
+
+    Raises:
+        BadInput: no such model, a folder without a pipeline, or no way to reach the Hub.
+    """
+    if model in names():
+        return build(model, dtype=dtype)
+    folder = Path(os.path.expanduser(model))  # pathlib raises for an unknown ~user
+    if folder.exists():
+        from autofit.architectures.checkpoint import from_folder
+
+        pipe = from_folder(folder, dtype)
+    elif _HUB_ID.fullmatch(model):
+        from autofit.architectures.checkpoint import from_hub
+
+        pipe = from_hub(model, dtype, names())
+    else:
+        raise _unknown(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _unknown(model: str) -> BadInput:
+    if "/" in model or model.startswith(("~", ".")):
+        return BadInput(f"model {model!r}: no such folder; give one, or a Hub id as org/name")
+    near = difflib.get_close_matches(model, names(), n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Built in: {', '.join(names())}."
+    return BadInput(f"model {model!r} is not built in. {hint} Else give a folder, or org/name")

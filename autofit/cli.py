@@ -1,0 +1,189 @@
+"""autofit probe | plan | run | show | models. Parses, calls session, prints; an error is one line.
+
+Results go to stdout, progress and tables to stderr: ``autofit plan ... --json | jq`` works.
+Exit code 0: done; 1: a fault of ours; 2: bad input; 3: nothing fits; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autofit import units
+from autofit.spec import AutofitError, BadInput
+
+app = typer.Typer(
+    name="autofit",
+    help="Fit a diffusers pipeline into a memory budget: find, measure and apply the fastest plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A built-in model, a local folder, or a Hub id.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda:0 or cpu; the first GPU where there is one.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to stdout.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Load the weights as float32, float16 or bfloat16.")
+]
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Annotated[str, typer.Option(help="Memory of the whole process, as 8GB or 7.5GiB.")],
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    batch: Annotated[str, typer.Option(help="Images a call.")] = "1",
+    steps: Annotated[str | None, typer.Option(help="Denoising steps.")] = None,
+    frames: Annotated[str, typer.Option(help="Frames, of a video pipeline.")] = "1",
+    fidelity: Annotated[
+        str, typer.Option(help="The least faithful plan allowed: exact, numeric or lossy.")
+    ] = "lossy",
+    device: Device = None,
+    dtype: Dtype = None,
+    trials: Annotated[str, typer.Option(help="At most this many trials.")] = "40",
+    timeout: Annotated[str, typer.Option(help="Search no longer, as 90s, 10m or 1h.")] = "10m",
+    images: Annotated[
+        str, typer.Option(help="Spread the time to set up (compiling) over this many images.")
+    ] = "20",
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL; a journal in the user folder if none.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan within the budget by short trial generations, and store its profile."""
+    from autofit import commands, planner
+
+    goal = planner.Goal(
+        budget=units.parse_size(budget),
+        size=units.parse_pixels(size) if size else None,
+        batch=_count("batch", batch),
+        steps=_count("steps", steps) if steps else None,
+        frames=_count("frames", frames),
+        fidelity=fidelity,
+    )
+    effort = planner.Effort(
+        trials=_count("trials", trials),
+        timeout_s=units.parse_duration(timeout),
+        images=_count("images", images),
+        storage=storage,
+        fresh=fresh,
+    )
+    _check_folder(output)
+    commands.plan(model, goal, effort, device, dtype, output, as_json)
+
+
+@app.command()
+def probe(device: Device = None, fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew.")] = False, as_json: Json = False) -> None:  # fmt: skip
+    """Measure this machine: memory, bus, matrix rates, attention kernels that answer, versions."""
+    from autofit import commands
+
+    commands.probe(device, fresh, as_json)
+
+
+@app.command()
+def run(
+    model: Model,
+    profile: Annotated[Path, typer.Option(help="The profile to apply.")],
+    prompt: Annotated[str, typer.Option(help="What to make an image of.")],
+    output: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    seed: Annotated[str, typer.Option(help="Of the initial noise.")] = "0",
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Apply a profile and make its images."""
+    from autofit import commands
+
+    _check_folder(output)
+    commands.run(model, profile, prompt, output, _count("seed", seed, least=0), device, dtype)
+
+
+@app.command()
+def show(
+    profile: Annotated[Path, typer.Argument(help="A profile's file.")],
+    why: Annotated[
+        bool,
+        typer.Option("--why", help="Also the trials, and why other techniques were not tried."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a profile does, what it costs, and where that was measured."""
+    from autofit import commands
+
+    commands.show(profile, why, as_json)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the built-in models: published shapes with random weights, made offline."""
+    from autofit.architectures import ARCHITECTURES
+
+    if as_json:
+        typer.echo(json.dumps([vars(a) for a in ARCHITECTURES], indent=2))
+        return
+    for a in ARCHITECTURES:
+        size = f"{a.width}x{a.height}"
+        typer.echo(
+            f"{a.name:<14}{a.parameters / 1e9:7.3f} B  {a.dtype:<9} {size:>9}, {a.steps:>2} steps"
+            f"  {a.summary}"
+        )
+
+
+def _count(name: str, text: str, least: int = 1) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise BadInput(
+            f"{name} {text!r}: not a whole number; write for example --{name} 1"
+        ) from None
+    if number < least:
+        raise BadInput(
+            f"{name} {number} is below {least}; write for example --{name} {max(1, least)}"
+        )
+    return number
+
+
+def _check_folder(output: Path | None) -> None:
+    """Before minutes of work: a result that cannot be written is found out now."""
+    if output is not None and not output.parent.is_dir():
+        raise BadInput(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; the console script's entry."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    usage: Any = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own click
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except AutofitError as error:
+        _complain(str(error))
+        return error.exit_code
+    except usage as error:
+        _complain(error.format_message())
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+        sys.stderr.close()
+        return 1
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"autofit: {' '.join(message.split())}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What each command does once its words are understood: call session, show what came."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from autofit import architectures, report, session, store
+from autofit.planner import Effort, Goal, Interrupted, Listener, Planned, find_plan
+from autofit.probe import probe_device
+from autofit.search import Progress
+from autofit.spec import BadInput, Failure, Measurement
+from autofit.units import format_bytes, format_seconds
+
+LOG_WIDTH = 160  # of tables that go to a file
+
+
+def plan(
+    model: str,
+    goal: Goal,
+    effort: Effort,
+    device: str | None,
+    dtype: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    console = _console()
+    target = device or session.default_device()
+    probe_device(target)  # a device that is not there is found out before the model is loaded
+    start = time.monotonic()
+    try:
+        with _watched(console, goal) as listener:
+            listener.stage(f"loading {model} in a worker on {target}")
+            with session.measuring(model, target, dtype) as measurer:
+                planned = find_plan(measurer, goal, effort, listener=listener, defaults=model)
+    except Interrupted as stopped:
+        best = stopped.best.plan if stopped.best else None
+        console.print(report.trials_table(stopped.attempts, best, goal.budget_bytes))
+        raise
+    path = store.keep(planned.profile)
+    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out))
+    if output is not None:
+        store.save(planned.profile, output)
+    _show_planned(console, planned, path, time.monotonic() - start, as_json)
+
+
+def _show_planned(
+    console: Console, planned: Planned, path: Path, took_s: float, as_json: bool
+) -> None:
+    profile = planned.profile
+    console.print(report.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
+    console.print(f"{len(planned.attempts)} trials, planned in {format_seconds(took_s)}")
+    if as_json:
+        found = {
+            "profile": json.loads(report.profile_json(profile)),
+            "path": str(path),
+            "plan_s": took_s,
+            "trials": report.trials_json(planned.attempts),
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        print(report.profile_lines(profile))
+        print(f"profile   {path}")
+
+
+def probe(device: str | None, fresh: bool, as_json: bool) -> None:
+    found = probe_device(device or session.default_device(), fresh=fresh)
+    if as_json:
+        print(report.device_json(found))
+    else:
+        Console(highlight=False).print(report.device_table(found))
+
+
+def run(
+    model: str,
+    profile_path: Path,
+    prompt: str,
+    output: Path,
+    seed: int,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    profile = store.load(profile_path)
+    pipe = architectures.load(model, dtype=dtype)
+    with session.apply(pipe, profile=profile, device=device):
+        start = time.perf_counter()
+        images = session.generate(pipe, profile.workload, prompt, seed)
+        took_s = time.perf_counter() - start
+    paths = session.save_images(images, output)
+    _console().print(f"made in {format_seconds(took_s)}, the first call's set-up included")
+    print("\n".join(map(str, paths)))
+
+
+def show(path: Path, why: bool, as_json: bool) -> None:
+    profile = store.load(path)
+    reasons = store.load_why(path) if why else None
+    if why and reasons is None:
+        raise BadInput(
+            f"{path}: the trials behind it are not on this machine; plan here to see them"
+        )
+    if as_json:
+        data = json.loads(report.profile_json(profile))
+        print(json.dumps(data if reasons is None else {"profile": data, "why": reasons}, indent=2))
+        return
+    print(report.profile_lines(profile))
+    if reasons is not None:
+        print("\n" + report.why_lines(reasons))
+
+
+def _console() -> Console:
+    """Progress and tables go to stderr; rich colours them on a terminal only."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
+
+
+@contextmanager
+def _watched(console: Console, goal: Goal) -> Iterator[Listener]:
+    """Live progress on a terminal, a line a trial elsewhere."""
+    live = console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console, transient=True, disable=not live) as bar:
+        job = bar.add_task("starting", total=None)
+
+        def stage(text: str) -> None:
+            bar.update(job, description=text, total=None)
+            if not live:
+                console.print(text)
+
+        def progress(event: Progress) -> None:
+            share = max(
+                event.number / event.limits.trials, event.elapsed_s / event.limits.timeout_s
+            )
+            left_s = max(0.0, event.limits.timeout_s - event.elapsed_s)
+            text = f"trial {event.number} · {_best(event)} · at most {format_seconds(left_s)} left"
+            bar.update(job, description=text, total=1.0, completed=min(1.0, share))
+            if event.outcome is not None:
+                console.print(f"{event.number:>3}  {_result(event)}  {event.plan.label}")
+
+        yield Listener(stage, progress)
+
+
+def _best(event: Progress) -> str:
+    if event.best is None or isinstance(event.best.outcome, Failure):
+        return "nothing fits yet"
+    return f"best {format_seconds(event.best.outcome.image_s)} an image"
+
+
+def _result(event: Progress) -> str:
+    outcome: Any = event.outcome
+    if isinstance(outcome, Measurement):
+        return f"{format_seconds(outcome.image_s):>8}  {format_bytes(outcome.peak_bytes):>10}"
+    return f"{outcome.why.value:>20}"

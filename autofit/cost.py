@@ -1,0 +1,126 @@
+"""Arithmetic: what a plan should need and take, before anything runs. No torch.
+
+Peak = max over phases of (weights on the device + activations of the phase) + what is not tensors.
+Seconds of a phase = compute, with the phase's weight traffic behind it or after it.
+
+The activation and work figures are priors by order of magnitude, good for choosing which trials
+come first; the search corrects them by what it measures (``surrogate.py``).
+"""
+
+from __future__ import annotations
+
+from autofit.spec import (
+    DTYPE_BYTES,
+    Device,
+    Effect,
+    Phase,
+    Pipeline,
+    Plan,
+    Prediction,
+    Role,
+    Traffic,
+    Workload,
+)
+
+# Feature maps of hidden_size channels alive at once in a denoiser: SD 1.5 at 3840x2224 needs 5.9 GiB
+# beside its weights, FLUX at 1024x1024 about 0.9 GiB (H200, shared baselines); both come to 32.
+STEP_TENSORS = 32
+# Feature maps of the decoder's channels at full resolution: SD 1.5's VAE reserves 37.6 GiB at
+# 3840x2224 in half precision, 128 channels; that is 17.
+DECODE_TENSORS = 17
+# A text encoder's activations are small beside its weights: T5-XXL, 512 tokens.
+ENCODE_SHARE = 0.03
+# Reserved over live bytes: what the caching allocator rounds and fragments.
+FRAGMENTATION = 1.05
+# Of the matrix rate that a large product reaches, what a whole model does.
+EFFICIENCY = 0.6
+TOKENS = 256  # of a prompt, between CLIP's 77 and T5's 512
+# A UNet's parameters mostly work below full resolution: SD 1.5 does 0.8 of 7 TFLOP, SDXL 11 of 84.
+UNET_SHARE = 0.12
+# Work of a VAE decode a pixel at 128 channels: 0.12 s a megapixel on an H200 in half precision.
+DECODE_FLOPS_PX = 5e7
+
+
+def predict(plan: Plan, pipeline: Pipeline, device: Device, workload: Workload) -> Prediction:
+    """Predict peak bytes and seconds an image for any legal plan."""
+    facts = plan.facts(pipeline)
+    phase_bytes = {
+        p: weight_bytes(plan, facts, p) + activation_bytes(plan, facts, workload, p) for p in Phase
+    }
+    phase_s = {p: seconds(plan, facts, device, workload, p) for p in Phase}
+    image_s = phase_s[Phase.ENCODE] + workload.steps * phase_s[Phase.STEP] + phase_s[Phase.DECODE]
+    peak_bytes = int(max(phase_bytes.values()) * overhead_factor(device)) + device.context_bytes
+    return Prediction(peak_bytes, image_s, phase_s, phase_bytes)
+
+
+def overhead_factor(device: Device) -> float:
+    return FRAGMENTATION if device.kind == "cuda" else 1.0
+
+
+def weight_bytes(plan: Plan, facts: Pipeline, phase: Phase) -> int:
+    return plan.placement.resident_bytes(facts, phase)
+
+
+def activation_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> int:
+    if phase is Phase.ENCODE:
+        encoders = facts.of_role(Role.ENCODER)
+        plain = ENCODE_SHARE * workload.batch * max((c.weight_bytes for c in encoders), default=0)
+    elif phase is Phase.STEP:
+        plain = float(_positions(facts, workload) * facts.hidden_size * STEP_TENSORS)
+        plain *= DTYPE_BYTES[facts.denoiser.dtype]
+    else:
+        plain = float(workload.pixels * workload.batch * workload.frames * facts.vae_channels)
+        plain *= DECODE_TENSORS * DTYPE_BYTES[_decode_dtype(facts)]
+    return int(plain * _effect(plan, facts, workload, phase).activations)
+
+
+def seconds(plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase) -> float:
+    effect = _effect(plan, facts, workload, phase)
+    compute_s = _work(facts, workload, phase) * effect.seconds / _rate(facts, device, phase)
+    return with_traffic(compute_s, plan.placement.traffic(facts, phase), device)
+
+
+def with_traffic(compute_s: float, traffic: Traffic, device: Device) -> float:
+    """The limit of one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
+    transfer_s = traffic.pinned_bytes / device.pinned_bytes_s
+    transfer_s += (traffic.pageable_bytes + traffic.back_bytes) / device.pageable_bytes_s
+    return max(compute_s, transfer_s) if traffic.overlaps else compute_s + transfer_s
+
+
+def _effect(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> Effect:
+    seconds = activations = 1.0
+    for technique in plan.techniques:
+        effect = technique.effects(facts, workload).get(phase, Effect())
+        seconds *= effect.seconds
+        activations *= effect.activations
+    return Effect(seconds, activations)
+
+
+def _positions(facts: Pipeline, workload: Workload) -> int:
+    positions = workload.pixels // facts.token_px**2
+    return positions * workload.batch * workload.frames * workload.passes
+
+
+def _decode_dtype(facts: Pipeline) -> str:
+    if facts.vae is None:
+        return facts.denoiser.dtype
+    return "float32" if facts.vae_upcasts and facts.vae.dtype == "float16" else facts.vae.dtype
+
+
+def _work(facts: Pipeline, workload: Workload, phase: Phase) -> float:
+    """Floating-point operations: two a parameter and position."""
+    if phase is Phase.DECODE:
+        pixels = workload.pixels * workload.batch * workload.frames
+        return DECODE_FLOPS_PX * pixels * (facts.vae_channels / 128) ** 2
+    if phase is Phase.STEP:
+        parameters = facts.denoiser.weight_bytes / DTYPE_BYTES[facts.denoiser.dtype]
+        share = UNET_SHARE if facts.denoiser.convolutional else 1.0
+        return 2 * parameters * share * _positions(facts, workload)
+    encoders = facts.of_role(Role.ENCODER)
+    parameters = sum(c.weight_bytes / DTYPE_BYTES[c.dtype] for c in encoders)
+    return 2 * parameters * TOKENS * workload.batch * workload.passes
+
+
+def _rate(facts: Pipeline, device: Device, phase: Phase) -> float:
+    dtype = _decode_dtype(facts) if phase is Phase.DECODE else facts.denoiser.dtype
+    return EFFICIENCY * device.flops_s.get(dtype, min(device.flops_s.values()))

@@ -1,0 +1,6 @@
+"""Read facts, decide nothing: a torch device becomes a Device, a diffusers pipe a Pipeline."""
+
+from autofit.probe.device import probe_device
+from autofit.probe.pipeline import batches_guidance, facts, fingerprint
+
+__all__ = ["batches_guidance", "facts", "fingerprint", "probe_device"]

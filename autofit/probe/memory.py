@@ -1,0 +1,99 @@
+"""Who holds how many bytes: the card by NVML and by torch, the host by psutil and cgroup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pynvml
+import torch
+
+# Where neither NVML nor a fresh context can tell: an H200 with CUDA 13.0 holds 0.514 GiB before the
+# first tensor (measured), smaller cards less.
+CONTEXT_BYTES = 560_000_000
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def host_limit_bytes() -> int:
+    """Host memory that this process may use: the machine's, or the cgroup's limit where lower."""
+    limits = [psutil.virtual_memory().total]
+    for path in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # no such cgroup version, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def total_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return host_limit_bytes()
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """What all processes together hold on the card, asked of NVML without creating a context."""
+    try:
+        pynvml.nvmlInit()
+        handle = _nvml_handle(device)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except pynvml.NVMLError:
+        return None
+
+
+def driver_version() -> str:
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return "unknown"
+
+
+def _nvml_handle(device: torch.device) -> object:
+    """NVML numbers the cards of the machine, torch those that CUDA_VISIBLE_DEVICES shows."""
+    index = device.index or 0
+    with suppress(AttributeError, RuntimeError, pynvml.NVMLError):
+        if torch.cuda.is_initialized():
+            uuid = torch.cuda.get_device_properties(device).uuid
+            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        index = torch.cuda._get_nvml_device_index(device)
+    return pynvml.nvmlDeviceGetHandleByIndex(index)
+
+
+def before_context(device: torch.device) -> int | None:
+    """The card's used bytes while this process has no context yet; None once it has."""
+    if device.type != "cuda" or torch.cuda.is_initialized():
+        return None
+    return used_bytes(device)
+
+
+def context_bytes(device: torch.device, before_bytes: int | None) -> int:
+    """What a process holds on the card before torch's first tensor.
+
+    Measured as the growth of the card's used bytes since ``before_context``; where that was not to
+    be had, the constant above stands in.
+    """
+    torch.zeros(1, device=device)
+    torch.cuda.synchronize(device)
+    after_bytes = used_bytes(device)
+    if before_bytes is None or after_bytes is None:
+        return CONTEXT_BYTES
+    return max(0, after_bytes - before_bytes - torch.cuda.memory_reserved(device))
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of the work on the device's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,6 @@
+"""Measure one plan by a real generation: in this process, or in a worker."""
+
+from autofit.trial.measurer import InProcess, Job, Measurer, Subject, Worker
+from autofit.trial.run import Request, generate, release
+
+__all__ = ["InProcess", "Job", "Measurer", "Request", "Subject", "Worker", "generate", "release"]

@@ -1,0 +1,200 @@
+"""Who runs the trials: this process on the caller's pipe, or a worker process on its own.
+
+A worker answers on its own pipe, never stdout. Whatever ends it (crash, signal, hang) is a Failure
+of the trial it was running; the next trial starts a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+
+from autofit import probe
+from autofit.spec import (
+    AutofitError,
+    BadInput,
+    Device,
+    Failure,
+    Measurement,
+    Outcome,
+    Pipeline,
+    Why,
+)
+from autofit.trial.run import Request, measure, non_torch_bytes
+
+START_S = 900.0  # to import, build or load the pipe and probe the device
+HANG_S = 900.0  # a trial without an answer for this long is taken for hung
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for: the facts of the pipe and of the device."""
+
+    pipeline: Pipeline
+    device: Device
+
+
+class Measurer(Protocol):
+    subject: Subject
+
+    def measure(self, request: Request) -> Outcome: ...
+
+    def renew(self) -> None:
+        """Start afresh where that is possible: nothing loaded lazily, nothing fragmented."""
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """Trials on the caller's own pipe. Its weights must be on the CPU."""
+
+    def __init__(self, pipe: Any, device: str) -> None:
+        self.pipe = pipe
+        self.device = torch.device(device)
+        self.subject = Subject(probe.facts(pipe), probe.probe_device(device))
+        self._others_bytes = others_bytes(self.device, self.subject.device)
+
+    def measure(self, request: Request) -> Outcome:
+        return measure(self.pipe, request, self.device, self._others_bytes)
+
+    def renew(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def others_bytes(device: torch.device, facts: Device) -> int:
+    """What other processes hold on the card now, this one having its context."""
+    if device.type != "cuda":
+        return 0
+    torch.zeros(1, device=device)
+    return max(0, non_torch_bytes(device, 0) - facts.context_bytes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to build its pipe."""
+
+    model: str
+    dtype: str | None
+    device: str
+
+
+class Worker:
+    """Trials in a process of their own, which keeps its pipe from trial to trial.
+
+    Raises:
+        BadInput: the worker could not load the model; its own words.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._life: int | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the worker's owner
+        try:
+            self.subject: Subject = self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def measure(self, request: Request) -> Outcome:
+        try:
+            if self._process is None:
+                self._start()
+            assert self._connection is not None
+            self._connection.send(request)
+            outcome = self._receive(HANG_S)
+        except (EOFError, ConnectionError) as error:
+            return self._crash(error)
+        except TimeoutError:
+            self._stop()
+            return Failure(Why.HANG, f"no answer in {HANG_S:.0f} s; the worker was killed")
+        assert isinstance(outcome, Measurement | Failure)
+        return outcome
+
+    def renew(self) -> None:
+        self._stop()
+        self._start()
+
+    def close(self) -> None:
+        self._stop()
+        self._log.close()
+
+    def _start(self) -> Subject:
+        ours, theirs = _socket_pair()
+        read_life, self._life = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "autofit.trial.worker", str(theirs.fileno()), str(read_life)],
+            pass_fds=(theirs.fileno(), read_life),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+        theirs.close()
+        os.close(read_life)
+        self._connection = ours
+        ours.send(self.job)
+        try:
+            subject = self._receive(START_S)
+        except (EOFError, ConnectionError, TimeoutError) as error:
+            raise AutofitError(
+                f"the worker for {self.job.model} did not start: {self._crash(error).detail}"
+            ) from error
+        if isinstance(subject, str):
+            self._stop()
+            raise BadInput(subject)
+        assert isinstance(subject, Subject)
+        return subject
+
+    def _receive(self, limit_s: float) -> Any:
+        assert self._connection is not None
+        if not self._connection.poll(limit_s):
+            raise TimeoutError
+        return self._connection.recv()
+
+    def _crash(self, error: BaseException) -> Failure:
+        code = self._stop()
+        ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return Failure(Why.CRASH, f"worker ended by {ended}; {self._last_words() or error!r}")
+
+    def _last_words(self) -> str:
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 2000))
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+    def _stop(self) -> int | None:
+        """End the worker, if there is one, and wait for it. Returns its exit code."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._life is not None:
+            os.close(self._life)
+        process, self._process = self._process, None
+        self._connection = self._life = None
+        if process is None:
+            return None
+        try:
+            return process.wait(timeout=1.0)  # one that crashed has a code of its own
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def _socket_pair() -> tuple[Connection, Connection]:
+    from multiprocessing import Pipe
+
+    ours, theirs = Pipe(duplex=True)
+    return ours, theirs

@@ -1,0 +1,56 @@
+"""The worker's main: build a pipe, then answer requests until the parent closes the connection.
+
+python -m autofit.trial.worker CONNECTION_FD LIFE_FD
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+import torch
+
+from autofit import architectures, probe
+from autofit.spec import BadInput
+from autofit.trial.measurer import Job, Subject, others_bytes
+from autofit.trial.run import Request, measure
+
+
+def serve(connection: Connection) -> None:
+    job = connection.recv()
+    assert isinstance(job, Job)
+    torch_device = torch.device(job.device)
+    try:
+        device = probe.probe_device(job.device)  # first: it measures the context by making it
+        pipe = architectures.load(job.model, dtype=job.dtype)
+        subject = Subject(probe.facts(pipe), device)
+    except BadInput as error:
+        connection.send(str(error))
+        return
+    others = others_bytes(torch_device, device)
+    connection.send(subject)
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        assert isinstance(request, Request)
+        connection.send(measure(pipe, request, torch_device, others))
+
+
+def _die_with_parent(life: int) -> None:
+    """The parent holds the other end; when it is gone, however it went, this read returns."""
+    os.read(life, 1)
+    os._exit(1)
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    threading.Thread(target=_die_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
+    serve(connection)
+
+
+if __name__ == "__main__":
+    main()

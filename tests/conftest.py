@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+TINY = ("tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3")
+DEVICES = ("cpu", pytest.param("cuda:0", marks=pytest.mark.gpu))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What autofit caches goes to a folder of the test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOFIT_HOME", str(tmp_path_factory.mktemp("autofit")))
+        yield
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=TINY)
+def model(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def pipes() -> Pipes:
+    return Pipes()
+
+
+class Pipes:
+    """The tiny pipelines, built once. A test that spoils one discards it."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        from autofit.architectures import build
+
+        if name not in self._built:
+            self._built[name] = build(name)
+            # diffusers and transformers leave marks at a first generation
+            self._built[name]("a cat", num_inference_steps=1, width=64, height=64)
+        return self._built[name]
+
+    def discard(self, name: str) -> None:
+        self._built.pop(name, None)

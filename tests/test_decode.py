@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from samples import device
+
+from autofit.architectures import build
+from autofit.probe.pipeline import facts
+from autofit.spec import BadInput, Phase, Pipeline, Workload
+from autofit.techniques.decode import DECODES, SlicedVae, TiledVae
+
+
+def kl() -> Any:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        sample_size=256,
+    )
+
+
+def _video(cls: Any) -> Any:
+    return cls(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
+def wan() -> Any:
+    return _video(AutoencoderKLWan)
+
+
+def qwen() -> Any:
+    return _video(AutoencoderKLQwenImage)
+
+
+@pytest.fixture(params=[kl, wan, qwen], ids=["kl", "wan", "qwen"])
+def pipe(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    vae = request.param().eval()
+    return SimpleNamespace(components={"vae": vae}, vae=vae)
+
+
+def _images(pipe: Any, batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Latents or pixels, in the number of dimensions that the VAE wants."""
+    frame = () if isinstance(pipe.vae, AutoencoderKL) else (1,)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, channels, *frame, height, width, generator=generator)
+
+
+def _decoded(pipe: Any, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Size]]:
+    """The images, and the shape of the decoder's input at each of its calls."""
+    shapes: list[torch.Size] = []
+    hook = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    with torch.no_grad():
+        images = pipe.vae.decode(latents).sample
+    hook.remove()
+    return images, shapes
+
+
+@pytest.mark.parametrize(
+    ("tile", "tiles"),
+    [(TiledVae(64, 0.25), 4 * 3), (TiledVae(128, 0.25), 2 * 2), (TiledVae(128, 0.125), 2 * 2)],
+    ids=lambda x: getattr(x, "label", None),
+)
+def test_tiles_are_used_and_the_image_keeps_its_shape(
+    pipe: Any, tile: TiledVae, tiles: int
+) -> None:
+    latents = _images(pipe, 1, 4, 24, 18)
+    whole, calls = _decoded(pipe, latents)
+    assert len(calls) == 1
+    with tile.applied(pipe, "cpu"):
+        tiled, calls = _decoded(pipe, latents)
+    assert len(calls) == tiles
+    assert max(calls[0][-2:]) == tile.tile_px // 8
+    assert tiled.shape == whole.shape
+    assert not torch.equal(tiled, whole)
+
+
+def test_one_tile_is_the_whole_image(pipe: Any) -> None:
+    latents = _images(pipe, 1, 4, 8, 8)
+    whole, _ = _decoded(pipe, latents)
+    with TiledVae(64, 0.25).applied(pipe, "cpu"):
+        assert torch.equal(_decoded(pipe, latents)[0], whole)
+
+
+def test_encoding_is_tiled_alike(pipe: Any) -> None:
+    pixels = _images(pipe, 1, 3, 192, 144)
+    with torch.no_grad():
+        whole = pipe.vae.encode(pixels).latent_dist.mean
+        with TiledVae(64, 0.25).applied(pipe, "cpu"):
+            tiled = pipe.vae.encode(pixels).latent_dist.mean
+            small = pipe.vae.encode(pixels[..., :64, :64]).latent_dist.mean
+        assert tiled.shape == whole.shape
+        assert torch.equal(small, pipe.vae.encode(pixels[..., :64, :64]).latent_dist.mean)
+
+
+def test_slices_of_a_batch_are_the_batch(pipe: Any) -> None:
+    latents = _images(pipe, 3, 4, 8, 8)
+    whole, _ = _decoded(pipe, latents)
+    with SlicedVae().applied(pipe, "cpu"):
+        sliced, calls = _decoded(pipe, latents)
+    assert [shape[0] for shape in calls] == [1, 1, 1]
+    torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_of_slices(pipe: Any) -> None:
+    with TiledVae(64, 0.25, sliced=True).applied(pipe, "cpu"):
+        _, calls = _decoded(pipe, _images(pipe, 2, 4, 12, 8))
+    assert [shape[0] for shape in calls] == [1] * 8  # four tiles an image
+
+
+@pytest.mark.parametrize("technique", DECODES, ids=lambda t: t.label)
+@pytest.mark.parametrize("tiling_on", [False, True])
+def test_undo_leaves_the_vae_as_found(pipe: Any, technique: Any, tiling_on: bool) -> None:
+    if tiling_on:
+        pipe.vae.enable_tiling()
+    before = dict(vars(pipe.vae))
+    with technique.applied(pipe, "cpu"):
+        assert vars(pipe.vae) != before
+    assert vars(pipe.vae) == before
+    assert pipe.vae.use_tiling is tiling_on
+
+
+@pytest.mark.parametrize(
+    ("tile_px", "overlap"),
+    [(0, 0.25), (-64, 0.25), (500, 0.25), (512, 0.0), (512, 0.5), (512, 0.1)],
+)
+def test_settings_that_the_latent_grid_does_not_divide(tile_px: int, overlap: float) -> None:
+    with pytest.raises(BadInput, match=r"take for example"):
+        TiledVae(tile_px, overlap)
+
+
+def test_the_refused_overlap_would_give_an_image_of_the_wrong_size() -> None:
+    vae = kl().eval()
+    vae.tile_sample_min_size, vae.tile_latent_min_size, vae.use_tiling = 64, 8, True
+    vae.tile_overlap_factor = 0.2
+    with torch.no_grad():
+        assert vae.decode(torch.zeros(1, 4, 24, 24)).sample.shape[-1] != 24 * 8
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return facts(build("tiny-sd"))
+
+
+def test_why_not_and_why_pointless(pipeline: Pipeline) -> None:
+    bare = dataclasses.replace(pipeline, vae_tiles=None, vae_slices=False)
+    one, two = Workload(1024, 512, 4), Workload(512, 512, 4, batch=2)
+    tile, both, slices = TiledVae(512, 0.25), TiledVae(512, 0.25, sliced=True), SlicedVae()
+    for technique in (tile, both, slices):
+        assert technique.why_not(pipeline, device(), one) is None
+        assert technique.why_not(bare, device(), one) is not None
+    assert tile.why_pointless(pipeline, device(), one) is None
+    assert tile.why_pointless(pipeline, device(), two) == "512x512 is one tile of 512 px"
+    assert both.why_pointless(pipeline, device(), one) == "a batch of 1 is one slice"
+    assert slices.why_pointless(pipeline, device(), one) == "a batch of 1 is one slice"
+    assert slices.why_pointless(pipeline, device(), two) is None
+
+
+def test_hopes(pipeline: Pipeline) -> None:
+    workload = Workload(2048, 1024, 4, batch=2)
+    tiled = TiledVae(512, 0.25).effects(pipeline, workload)[Phase.DECODE]
+    both = TiledVae(512, 0.25, sliced=True).effects(pipeline, workload)[Phase.DECODE]
+    thin = TiledVae(512, 0.125).effects(pipeline, workload)[Phase.DECODE]
+    assert tiled.activations == 1 / 8
+    assert both.activations == 1 / 16
+    assert 0.95 <= thin.seconds < tiled.seconds
+    assert SlicedVae().effects(pipeline, workload)[Phase.DECODE].activations == 1 / 2
+
+
+def test_a_pipe_without_a_vae() -> None:
+    with (
+        pytest.raises(BadInput, match="no VAE"),
+        SlicedVae().applied(SimpleNamespace(components={}), "cpu"),
+    ):
+        pass

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.config
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from samples import device
+
+from autofit.architectures import build
+from autofit.probe.pipeline import facts
+from autofit.spec import BadInput, Workload
+from autofit.techniques.execution import MAX_TRACES, RegionalCompile, TracedDenoiser
+
+TINY = ["tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3"]
+WORKLOAD = Workload(64, 64, 4)
+
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def _latents(pipe: Any, prompt: str = "a cat", steps: int = 3, size: int = 64) -> torch.Tensor:
+    latents: torch.Tensor = pipe(
+        prompt,
+        width=size,
+        height=size,
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    return latents
+
+
+@pytest.fixture(scope="module", params=TINY)
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return build(request.param, dtype="float32")
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    trace = torch.jit.trace
+    monkeypatch.setattr(torch.jit, "trace", lambda *a, **k: made.append(a) or trace(*a, **k))
+    return made
+
+
+def test_a_trace_gives_the_eager_output(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[dict[str, Any]] = [
+        {},
+        {"prompt": "two dogs in the snow"},
+        {"steps": 5},
+        {"size": 128},
+    ]
+    expected = [_latents(pipe, **case) for case in cases]
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+    assert not torch.allclose(expected[0], expected[2], atol=1e-2)
+    made = _counted(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", r".*torch\.jit")
+        with TracedDenoiser().applied(pipe, "cpu"):
+            traced = [_latents(pipe, **case) for case in cases]
+    assert len(made) == 2  # one a size
+    for got, want in zip(traced, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def _pixart() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=16,
+        use_additional_conditions=False,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "encoder_attention_mask": torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        "timestep": torch.tensor([3, 3]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return model, inputs
+
+
+class Holder:
+    """As much of a pipe as a technique for the denoiser asks for."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+
+
+@torch.no_grad()
+def test_nothing_of_masks_and_timesteps_is_frozen_into_a_trace() -> None:
+    model, inputs = _pixart()
+    others = [
+        inputs,
+        inputs | {"timestep": torch.tensor([900, 900])},
+        inputs | {"encoder_attention_mask": torch.ones(2, 5)},
+        inputs | {"encoder_hidden_states": torch.randn(2, 5, 16)},
+    ]
+    expected = [model(**case).sample for case in others]
+    with TracedDenoiser().applied(Holder(model), "cpu"):
+        traced = [model(**case).sample for case in others]
+    for got, want in zip(traced, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not any(torch.allclose(traced[0], other, atol=1e-5) for other in traced[1:])
+
+
+@torch.no_grad()
+def test_the_output_has_the_class_asked_for() -> None:
+    model, inputs = _pixart()
+    with TracedDenoiser().applied(Holder(model), "cpu"):
+        for return_dict in (True, False):
+            found = type(PixArtTransformer2DModel.forward(model, **inputs, return_dict=return_dict))
+            for _ in range(2):
+                assert type(model(**inputs, return_dict=return_dict)) is found
+
+
+@torch.no_grad()
+def test_constants_that_vary_run_eagerly_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _counted(monkeypatch)
+    unet = build("tiny-sd").unet
+    inputs = (torch.ones(1, 4, 8, 8), torch.ones(1, 7, 32))
+    expected = [unet(inputs[0], step, inputs[1]).sample for step in range(6)]
+    with TracedDenoiser().applied(Holder(unet), "cpu"):
+        for step, want in enumerate(expected):
+            torch.testing.assert_close(unet(inputs[0], step, inputs[1]).sample, want)
+    assert len(made) == MAX_TRACES
+
+
+@torch.no_grad()
+def test_a_trace_follows_the_weights() -> None:
+    model, inputs = _pixart()
+    with TracedDenoiser().applied(Holder(model), "cpu"):
+        model(**inputs)
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 0.5
+        traced = model(**inputs).sample
+    torch.testing.assert_close(traced, model(**inputs).sample, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_undo_drops_the_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = _pixart()
+    before = {m: dict(vars(m)) for m in model.modules()}
+    with TracedDenoiser().applied(Holder(model), "cpu"):
+        model(**inputs)
+        assert any(isinstance(o, torch.jit.ScriptModule) for o in gc.get_objects())
+    assert {m: dict(vars(m)) for m in model.modules()} == before
+    gc.collect()
+    assert not any(isinstance(o, torch.jit.ScriptModule) for o in gc.get_objects())
+
+
+@pytest.mark.timeout(600)
+def test_compiled_blocks_give_the_eager_output() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++")
+    pipe = build("tiny-sd", dtype="float32")
+    unet: UNet2DConditionModel = pipe.unet
+    before = {m: dict(vars(m)) for m in unet.modules()}
+    limit = torch._dynamo.config.recompile_limit
+    expected = _latents(pipe)
+    with RegionalCompile().applied(pipe, "cpu"):
+        compiled = [m for m in unet.modules() if m._compiled_call_impl is not None]
+        assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
+        got = _latents(pipe)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert {m: dict(vars(m)) for m in unet.modules()} == before
+    assert not any(vars(p) for p in unet.parameters())
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_the_compiled_call_found_comes_back() -> None:
+    pipe = build("tiny-sd")
+    block = next(m for m in pipe.unet.modules() if type(m).__name__ == "BasicTransformerBlock")
+    block.compile()
+    found = block._compiled_call_impl
+    with RegionalCompile().applied(pipe, "cpu"):
+        assert block._compiled_call_impl is not found
+    assert block._compiled_call_impl is found
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(BadInput, match="'fast'"):
+        RegionalCompile("fast")
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = facts(build("tiny-sd"))
+    cpu, technique = device(kind="cpu"), RegionalCompile()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert technique.why_not(pipeline, cpu, WORKLOAD) is None
+    assert "triton" in (technique.why_not(pipeline, device(), WORKLOAD) or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert technique.why_not(pipeline, device(), WORKLOAD) is None
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no g++" in (technique.why_not(pipeline, cpu, WORKLOAD) or "")
+    assert "no gcc" in (technique.why_not(pipeline, device(), WORKLOAD) or "")
+    bare = dataclasses.replace(pipeline, repeated_blocks=())
+    assert "no repeated blocks" in (technique.why_not(bare, cpu, WORKLOAD) or "")

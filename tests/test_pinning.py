@@ -1,0 +1,84 @@
+"""Page-locking memory that exists."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autofit.techniques import pinning
+from autofit.techniques.pinning import SMALLEST_BYTES, host_registered
+
+
+class _Runtime:
+    """Stands for the CUDA runtime: refuses what it is told to."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        self.refused = refused
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        if pointer == self.refused:
+            return 801
+        assert pointer not in self.locked
+        self.locked[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.locked[pointer]
+        return 0
+
+
+def _weights() -> nn.ModuleDict:
+    """Two large weights, one of them in two layers, and a small one."""
+    first, second, tied = (nn.Linear(1024, 512, bias=False) for _ in range(3))
+    tied.weight = nn.Parameter(first.weight.data)
+    return nn.ModuleDict({"a": first, "b": second, "c": tied, "small": nn.Linear(8, 8)})
+
+
+def test_large_storages_are_registered_once_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, modules = _Runtime(), _weights()
+    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with host_registered([modules], "cpu"):
+        pointers = {modules[n].weight.data_ptr() for n in "ab"}
+        assert set(runtime.locked) == pointers
+        assert all(size == 2 * SMALLEST_BYTES for size in runtime.locked.values())
+    assert runtime.locked == {}
+
+
+def test_a_storage_that_is_refused_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = _weights()
+    runtime = _Runtime(refused=modules["a"].weight.data_ptr())
+    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with host_registered([modules], "cpu"):
+        assert set(runtime.locked) == {modules["b"].weight.data_ptr()}
+    assert runtime.locked == {}
+
+
+@pytest.mark.gpu
+def test_registered_memory_is_pinned_in_place() -> None:
+    modules = _weights()
+    weight = modules["a"].weight
+    with host_registered([modules], "cuda:0"):
+        assert weight.is_pinned()
+        assert weight.data.pin_memory().data_ptr() == weight.data_ptr()
+        assert not modules["small"].weight.is_pinned()
+    assert not weight.is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_memory_that_cuda_refuses_does_not_spoil_what_follows(tmp_path: Any) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 * SMALLEST_BYTES))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    module = nn.Linear(1024, 1024, bias=False)
+    module.weight.data = torch.frombuffer(mapped, dtype=torch.float32).view(1024, 1024)
+    with host_registered([module], "cuda:0"):
+        assert float(module.weight.data.to("cuda:0").sum()) == 0.0

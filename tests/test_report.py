@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import samples
+from rich.console import Console
+from rich.table import Table
+
+from autofit import report
+from autofit.plain import document
+from autofit.spec import Attempt, Environment, Failure, Outcome, Phase, Plan, Why, Workload
+
+BUDGET = 4 * samples.GIB
+OUT_OF_MEMORY = Failure(Why.OUT_OF_MEMORY, "CUDA out of memory", Phase.DECODE, 9_771_050_598)
+
+
+def rendered(table: Table) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=200).print(table)
+    return text.getvalue().splitlines()
+
+
+def rows(attempts: list[Attempt], best: Plan | None = samples.FAST) -> list[list[str]]:
+    lines = rendered(report.trials_table(attempts, best, BUDGET))
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    return [row for row in cells if row]
+
+
+def result(outcome: Outcome, plan: Plan = samples.SLOW) -> str:
+    """What the table says of a trial beside a best one of 0.865 s."""
+    best = Attempt(samples.FAST, samples.measurement())
+    return next(row[-1] for row in rows([best, Attempt(plan, outcome)]) if row[0] == "2")
+
+
+# ---------------------------------------------------------------- one profile
+
+
+def test_a_profile_says_what_it_does_and_costs() -> None:
+    assert report.profile_lines(samples.profile()).splitlines() == [
+        "pipeline  StableDiffusionPipeline, 512x512, 50 steps, with guidance",
+        "plan      half_precision(dtype=float16)",
+        "          tiled_vae(tile_px=512, overlap=0.25)",
+        "          resident",
+        "peak      3.42 GiB of 4.00 GiB (85%)",
+        "time      0.865 s a generation: encode 12.1 ms, 16.5 ms a step, decode 41.2 ms",
+        "warm-up   4.75 s",
+        "output    lossy, PSNR 41.2 dB against resident",
+        "measured  in whole generations: 0.865 s, 0.865 s",
+        "on        NVIDIA H200, 139.80 GiB, capability 9.0",
+        "          budget emulated: the allocator was capped, the card is larger",
+        "versions  python 3.12.3, torch 2.11.0+cu130, diffusers 0.42.1, transformers 5.17.0,"
+        " accelerate 1.15.0, cuda 13.0, driver 580.95.05",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"measured": samples.measurement(psnr_db=None)},
+            "output    lossy, not compared",
+        ),
+        (
+            {"measured": samples.measurement(psnr_db=math.inf, reference=None)},
+            "output    lossy, the same values as the pipe as found",
+        ),
+        (
+            {"measured": samples.measurement(verified=False, steps_run=3)},
+            "measured  in a short trial of 3 steps; the time is extrapolated",
+        ),
+        (
+            {"workload": Workload(640, 480, 4, batch=2, frames=9)},
+            "pipeline  StableDiffusionPipeline, 640x480, 4 steps, batch 2, 9 frames",
+        ),
+        (
+            {
+                "workload": Workload(640, 480, 4, batch=2),
+                "measured": samples.measurement(step_s=()),
+            },
+            "time      0.865 s a generation (0.433 s an image): encode 12.1 ms, decode 41.2 ms",
+        ),
+        (
+            {"on": Environment("AMD EPYC", None, 2**34, "tracked", {})},
+            "on        AMD EPYC, 16.00 GiB",
+        ),
+        (
+            {"on": Environment("AMD EPYC", None, 2**34, "tracked", {})},
+            "          CPU: the peak is that of live tensors",
+        ),
+        ({"on": Environment("AMD EPYC", None, 2**34, "tracked", {})}, "versions  unknown"),
+        (
+            {"on": Environment("RTX 4090", (8, 9), 24 * 2**30, "card", {})},
+            "          budget of the card itself",
+        ),
+    ],
+)
+def test_a_profile_says_what_is_special(changes: dict[str, Any], line: str) -> None:
+    assert line in report.profile_lines(samples.profile(**changes)).splitlines()
+
+
+# ---------------------------------------------------------------- trials
+
+
+def test_trials_are_ranked_best_first_failures_last() -> None:
+    attempts = [
+        Attempt(samples.SLOW, OUT_OF_MEMORY),
+        Attempt(samples.SLOW, samples.measurement(image_s=2.0, psnr_db=None)),
+        Attempt(samples.FAST, samples.measurement(image_s=0.9, verified=False)),
+        Attempt(samples.FAST, samples.measurement(image_s=1.0)),
+    ]
+    plan = "half_precision + tiled_vae(tile_px=512, overlap=0.25) + resident"
+    assert rows(attempts) == [
+        ["4", plan, "1 s", "3.42 GiB", "41.2 dB", "best"],
+        ["3", plan, "0.9 s", "3.42 GiB", "41.2 dB", "same plan as the best"],
+        ["2", "model_offload", "2 s", "3.42 GiB", "exact", "slower than the best by 100%"],
+        ["1", "model_offload", "", "", "", "out of memory in decode, needed 9.10 GiB"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"),
+    [
+        (OUT_OF_MEMORY, "out of memory in decode, needed 9.10 GiB"),
+        (Failure(Why.OVER_BUDGET, "", None, 5 * samples.GIB), "over budget, needed 5.00 GiB"),
+        (Failure(Why.TOO_SLOW, "4 steps at 0.2 s"), "cannot win"),
+        (Failure(Why.HANG, "no answer in 90 s", Phase.STEP), "hang in step: no answer in 90 s"),
+        (
+            Failure(Why.ERROR, "\nTypeError: bad operand [/red]\n  at x"),
+            "error: TypeError: bad operand [/red]",
+        ),
+        (samples.measurement(image_s=0.969), "slower than the best by 12%"),
+        (samples.measurement(image_s=0.869), "slower than the best by 0.43%"),
+        (samples.measurement(image_s=0.8), "faster, but not chosen"),
+        (samples.measurement(image_s=0.8, verified=False), "faster, in a short trial only"),
+        (
+            samples.measurement(image_s=0.5, peak_bytes=BUDGET + 2**30),
+            "over the budget by 1.00 GiB",
+        ),
+    ],
+)
+def test_a_loser_says_why(outcome: Outcome, text: str) -> None:
+    assert result(outcome) == text
+
+
+def test_without_a_best_there_is_none_marked() -> None:
+    attempts = [Attempt(samples.SLOW, samples.measurement()), Attempt(samples.FAST, OUT_OF_MEMORY)]
+    assert [row[-1] for row in rows(attempts, best=None)] == [
+        "",
+        "out of memory in decode, needed 9.10 GiB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plan", "psnr_db", "text"),
+    [
+        (samples.SLOW, None, "exact"),
+        (samples.SLOW, math.inf, "exact"),
+        (samples.SLOW, 71.26, "71.3 dB"),
+        (samples.FAST, None, ""),
+        (samples.FAST, 41.25, "41.2 dB"),
+    ],
+)
+def test_the_output_is_compared_or_exact(plan: Plan, psnr_db: float | None, text: str) -> None:
+    assert rows([Attempt(plan, samples.measurement(psnr_db=psnr_db))])[0][4] == text
+
+
+def test_no_trials_make_an_empty_table() -> None:
+    table = report.trials_table([], None, BUDGET)
+    assert table.row_count == 0
+    assert table.title == "0 trials within 4.00 GiB"
+
+
+# ---------------------------------------------------------------- a device
+
+
+def test_a_device_is_shown_with_its_rates() -> None:
+    text = "\n".join(rendered(report.device_table(samples.device())))
+    for part in (
+        "NVIDIA H200",
+        "139.80 GiB",
+        "9.0",
+        "51.22 GiB/s",
+        "710 TFLOP/s",
+        "float16 at head size 40, 80",
+        "580.95.05",
+    ):
+        assert part in text
+
+
+def test_a_processor_has_no_transfer_rates() -> None:
+    cpu = samples.device(kind="cpu", name="EPYC [x16]", capability=None, context_bytes=0)
+    text = "\n".join(rendered(report.device_table(cpu)))
+    assert "EPYC [x16]" in text
+    assert not any(word in text for word in ("pinned", "capability", "context"))
+
+
+# ---------------------------------------------------------------- for programs
+
+
+def test_json_has_the_keys_of_the_file() -> None:
+    assert json.loads(report.profile_json(samples.profile())) == document(samples.profile())
+
+
+def test_json_without_infinity() -> None:
+    profile = samples.profile(measured=samples.measurement(psnr_db=math.inf))
+    data = json.loads(report.profile_json(profile), parse_constant=pytest.fail)
+    assert data["measured"]["psnr_db"] == "Infinity"
+
+
+def test_trials_as_plain_data() -> None:
+    measured = samples.measurement(psnr_db=math.inf)
+    data = report.trials_json(
+        [Attempt(samples.FAST, measured), Attempt(samples.SLOW, OUT_OF_MEMORY)]
+    )
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert [row["number"] for row in data] == [1, 2]
+    assert data[0]["plan"][0] == {"technique": "half_precision", "dtype": "float16"}
+    assert data[0]["measured"]["psnr_db"] == "Infinity"
+    assert (data[0]["fidelity"], data[0]["failure"]) == ("lossy", None)
+    assert data[1]["measured"] is None
+    assert data[1]["failure"] == {
+        "why": "out of memory",
+        "detail": "CUDA out of memory",
+        "phase": "decode",
+        "needed_bytes": 9_771_050_598,
+    }

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from worlds import CARD, LARGE, SDXL, World, gib
+
+from autofit.search import Limits, Progress, Task, parameters, ranking, search
+from autofit.spec import (
+    Attempt,
+    Failure,
+    Fidelity,
+    Measurement,
+    Outcome,
+    Plan,
+    Slot,
+    Why,
+)
+from autofit.techniques.space import legal_plans
+
+PLANS = legal_plans(SDXL, CARD, LARGE)
+EXACT = legal_plans(SDXL, CARD, LARGE, Fidelity.EXACT)
+
+
+def task(budget_bytes: int, plans: tuple[Plan, ...] = PLANS) -> Task:
+    return Task(plans, SDXL, CARD, LARGE, budget_bytes)
+
+
+def storage(path: Path) -> Any:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def within(attempts: Sequence[Attempt], budget_bytes: int) -> Measurement:
+    outcome = ranking(attempts, task(budget_bytes))[0].outcome
+    assert isinstance(outcome, Measurement)
+    return outcome
+
+
+def test_finds_nearly_the_fastest_of_all_plans() -> None:
+    """In worlds where each choice is up to a quarter better or worse than predicted."""
+    regrets = []
+    for budget_bytes in map(gib, (4, 6, 8, 12)):
+        for seed in range(3):
+            world = World(budget_bytes, seed)
+            every = [o.image_s for p in PLANS if isinstance(o := world.truth(p), Measurement)]
+            found = search(task(budget_bytes), world.measure)
+            regrets.append(within(found.attempts, budget_bytes).image_s / min(every))
+            assert len(found.attempts) <= 25 < len(PLANS) / 20
+    assert statistics.mean(regrets) <= 1.05
+    assert max(regrets) <= 1.25
+
+
+def test_the_best_is_within_the_budget_and_no_plan_runs_twice() -> None:
+    world = World(gib(6))
+    found = search(task(gib(6)), world.measure)
+    assert within(found.attempts, gib(6)).peak_bytes <= gib(6)
+    assert len(set(world.calls)) == len(world.calls) == len(found.attempts)
+
+
+def test_changes_one_thing_at_a_time_once_something_fits() -> None:
+    world = World(gib(24))
+    found = search(task(gib(24)), world.measure)
+    seen: set[str] = set()
+    for number, attempt in enumerate(found.attempts):
+        labels = {t.label for t in attempt.plan.techniques}
+        assert number == 0 or len(labels - seen) <= 1
+        seen |= labels
+
+
+def test_a_phase_that_ran_out_of_memory_is_not_run_so_again() -> None:
+    world = World(gib(1))
+    found = search(task(gib(1)), world.measure)
+    ran_out: set[tuple[str, ...]] = set()
+    for attempt in found.attempts:
+        assert isinstance(attempt.outcome, Failure)
+        assert attempt.outcome.phase is not None
+        key = tuple(
+            t.label
+            for t in attempt.plan.techniques
+            if t is attempt.plan.placement or attempt.outcome.phase in t.effects(SDXL, LARGE)
+        )
+        assert (attempt.outcome.phase.value, *key) not in ran_out
+        ran_out.add((attempt.outcome.phase.value, *key))
+    assert ranking(found.attempts, task(gib(1))) == []
+    assert found.leanest
+
+
+def test_resumes_where_an_interrupt_left_it(tmp_path: Path) -> None:
+    world, whole = World(gib(6)), World(gib(6))
+    alone = search(task(gib(6)), whole.measure)
+
+    def interrupted(plan: Plan, give_up_s: float | None) -> Outcome:
+        if len(world.calls) == 3:
+            raise KeyboardInterrupt
+        return world.measure(plan, give_up_s)
+
+    journal = storage(tmp_path / "study")
+    first = search(task(gib(6)), interrupted, storage=journal, name="s")
+    assert first.interrupted
+    assert len(first.attempts) == 3
+    again = search(task(gib(6)), world.measure, storage=storage(tmp_path / "study"), name="s")
+    assert not again.interrupted
+    assert again.attempts == alone.attempts
+    assert len(set(world.calls)) == len(world.calls)
+
+
+def test_the_study_holds_one_categorical_a_slot_the_constraint_and_the_states(
+    tmp_path: Path,
+) -> None:
+    world = World(gib(6))
+    journal = storage(tmp_path / "study")
+    found = search(task(gib(6)), world.measure, storage=journal, name="s")
+    study = optuna.load_study(study_name="s", storage=journal)
+    assert [t.params for t in study.trials] == [parameters(a.plan) for a in found.attempts]
+    assert set(study.trials[0].params) == {slot.value for slot in Slot}
+    for trial, attempt in zip(study.trials, found.attempts, strict=True):
+        if isinstance(attempt.outcome, Measurement):
+            assert trial.state is TrialState.COMPLETE
+            assert trial.value == pytest.approx(attempt.outcome.image_s)
+            assert trial.constraints["peak_bytes"] == attempt.outcome.peak_bytes - gib(6)
+        else:
+            assert trial.state is TrialState.PRUNED
+
+
+def test_gives_slow_trials_a_bound_and_keeps_them_as_failures() -> None:
+    world = World(gib(12), seed=1)
+    bounds: list[float | None] = []
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        bounds.append(give_up_s)
+        return world.measure(plan, give_up_s)
+
+    search(task(gib(12)), measure)
+    assert bounds[0] is None
+    assert all(b is not None for b in bounds[1:])
+
+
+def test_a_choice_that_breaks_is_not_tried_in_other_plans() -> None:
+    world = World(gib(24))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        if plan.at(Slot.EXECUTION) is not None:
+            world.calls.append(plan)
+            return Failure(Why.CRASH, "worker ended by SIGSEGV")
+        return world.measure(plan, give_up_s)
+
+    search(task(gib(24)), measure)
+    broken = [p.at(Slot.EXECUTION) for p in world.calls if p.at(Slot.EXECUTION)]
+    assert broken
+    assert len(set(broken)) == len(broken)
+
+
+def test_keeps_to_its_limits() -> None:
+    events: list[Progress] = []
+    world = World(gib(12))
+    found = search(task(gib(12)), world.measure, limits=Limits(trials=3), on_progress=events.append)
+    assert len(found.attempts) == 3
+    assert [e.outcome is None for e in events] == [True, False] * 3
+    none = search(task(gib(12)), world.measure, limits=Limits(timeout_s=0.0))
+    assert none.attempts == ()
+
+
+def test_prefers_the_faithful_of_two_that_are_as_fast() -> None:
+    base = World(gib(12)).truth(EXACT[0])
+    assert isinstance(base, Measurement)
+    lossy = next(p for p in PLANS if p.fidelity is Fidelity.LOSSY)
+    pair = [Attempt(lossy, base), Attempt(EXACT[0], base)]
+    assert ranking(pair, task(gib(24)))[0].plan is EXACT[0]

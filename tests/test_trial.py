@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pipes
+from snapshots import differences, snapshot
+
+from autofit import probe
+from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
+from autofit.techniques import KINDS
+from autofit.trial import InProcess, Job, Request, Worker
+from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
+
+RESIDENT = Plan((KINDS["resident"](),))
+HALF = Plan((KINDS["half_precision"]("bfloat16"), KINDS["resident"]()))
+SMALL = Workload(64, 64, 6, passes=2)
+CPU = torch.device("cpu")
+
+
+class TestTracker:
+    def test_counts_known_tensors_exactly(self) -> None:
+        with HostTracker(None) as tracker:
+            first = torch.zeros(1000)
+            view = first.view(10, 100)[:5]
+            assert tracker.live_bytes == 4000
+            second = first + 1
+            assert tracker.live_bytes == tracker.peak_bytes == 8000
+            del first
+            assert tracker.live_bytes == 8000  # the view holds it
+            del view
+            assert tracker.live_bytes == 4000
+            del second
+        assert (tracker.live_bytes, tracker.peak_bytes) == (0, 8000)
+
+    def test_refuses_what_a_card_of_that_size_would(self) -> None:
+        with HostTracker(6000):
+            first = torch.zeros(1000)
+            with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 4000 B"):
+                first + 1
+
+    def test_counts_the_weights_of_the_pipe(self, pipes: Pipes) -> None:
+        pipe = pipes["tiny-sd"]
+        tracker: Any = tracked(pipe, CPU, None)
+        assert tracker.live_bytes == probe.facts(pipe).weight_bytes
+
+
+def test_reads_the_size_that_torch_was_asked_for() -> None:
+    message = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of"
+    assert asked_bytes(RuntimeError(message)) == int(2.5 * 2**30)
+    assert asked_bytes(RuntimeError("no size")) == 0
+
+
+def test_the_meter_sees_every_phase_and_leaves_no_trace(pipes: Pipes) -> None:
+    pipe = pipes["tiny-sd"]
+    before = snapshot(pipe)
+    meter = Meter(pipe, CPU)
+    with meter.running():
+        pipe("a cat", num_inference_steps=3, width=64, height=64)
+    assert len(meter.step_s) == 3
+    assert min(meter.encode_s, *meter.step_s, meter.decode_s) > 0
+    assert set(meter.phase_bytes) == {p.value for p in Phase}
+    assert differences(before, snapshot(pipe)) == []
+
+
+class TestInProcess:
+    @pytest.fixture
+    def measurer(self, pipes: Pipes) -> InProcess:
+        return InProcess(pipes["tiny-sd"], "cpu")
+
+    def test_measures_a_plan_and_extrapolates(self, measurer: InProcess, tmp_path: Path) -> None:
+        request = Request(RESIDENT, Workload(64, 64, 40, passes=2), None)
+        outcome = measurer.measure(request)
+        assert isinstance(outcome, Measurement)
+        assert 4 <= outcome.steps_run == len(outcome.step_s) <= 10
+        assert outcome.image_s > 30 * min(outcome.step_s)
+        weights = measurer.subject.pipeline.weight_bytes
+        assert weights < outcome.phase_peak_bytes["step"] <= outcome.peak_bytes < 3 * weights
+
+    def test_the_peak_is_the_same_each_time_and_less_in_half_precision(
+        self, measurer: InProcess
+    ) -> None:
+        peaks = [
+            measurer.measure(Request(plan, SMALL, None)).peak_bytes  # type: ignore[union-attr]
+            for plan in (RESIDENT, RESIDENT, HALF)
+        ]
+        assert peaks[0] == peaks[1]
+        assert peaks[2] < 0.6 * peaks[0]
+
+    def test_a_cap_below_the_peak_is_out_of_memory_in_its_phase(self, measurer: InProcess) -> None:
+        whole = measurer.measure(Request(RESIDENT, SMALL, None))
+        assert isinstance(whole, Measurement)
+        fits = measurer.measure(Request(RESIDENT, SMALL, whole.peak_bytes))
+        assert isinstance(fits, Measurement)
+        worst = max(whole.phase_peak_bytes, key=lambda p: whole.phase_peak_bytes[p])
+        refused = measurer.measure(Request(RESIDENT, SMALL, whole.peak_bytes - 1))
+        assert isinstance(refused, Failure)
+        assert (refused.why, refused.phase) == (Why.OUT_OF_MEMORY, Phase(worst))
+
+    def test_gives_up_on_what_cannot_win(self, measurer: InProcess) -> None:
+        workload = Workload(64, 64, 1000, passes=2)
+        outcome = measurer.measure(Request(RESIDENT, workload, None, give_up_s=1e-3))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.TOO_SLOW
+
+    def test_compares_with_the_reference(self, measurer: InProcess, tmp_path: Path) -> None:
+        image = tmp_path / "reference.npy"
+        measurer.measure(Request(RESIDENT, SMALL, None, output=image))
+        asked = {"reference": image, "reference_label": "resident"}
+        same = measurer.measure(Request(RESIDENT, SMALL, None, **asked))
+        half = measurer.measure(Request(HALF, SMALL, None, **asked))
+        assert isinstance(same, Measurement)
+        assert isinstance(half, Measurement)
+        assert (same.psnr_db, same.reference) == (math.inf, "resident")
+        assert half.psnr_db is not None
+        assert 15 < half.psnr_db < 99
+
+    def test_verifies_whole_generations_twice(self, measurer: InProcess) -> None:
+        outcome = measurer.measure(Request(RESIDENT, SMALL, None, full=True))
+        assert isinstance(outcome, Measurement)
+        assert outcome.verified
+        assert len(outcome.runs_s) == 2
+        assert outcome.steps_run == SMALL.steps
+
+    def test_an_error_is_a_failure_and_the_pipe_is_left_as_found(
+        self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = snapshot(measurer.pipe)
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(measurer.pipe.scheduler, "step", broken)
+            outcome = measurer.measure(Request(HALF, SMALL, None))
+        assert outcome == Failure(
+            Why.ERROR,
+            "RuntimeError: CUDA error: an illegal memory access was encountered",
+            Phase.STEP,
+        )
+        assert differences(before, snapshot(measurer.pipe)) == []
+
+    def test_an_image_that_is_not_finite_is_a_failure(
+        self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode = measurer.pipe.vae.decode
+        with monkeypatch.context() as patch:
+            spoilt = lambda *a, **k: tuple(x * float("nan") for x in decode(*a, **k))  # noqa: E731
+            patch.setitem(measurer.pipe.vae.__dict__, "decode", spoilt)
+            outcome = measurer.measure(Request(RESIDENT, SMALL, None))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.BAD_OUTPUT
+
+
+class TestWorker:
+    @pytest.fixture(scope="class")
+    def worker(self) -> Iterator[Worker]:
+        worker = Worker(Job("tiny-sd", None, "cpu"))
+        yield worker
+        worker.close()
+
+    def test_measures_like_this_process(self, worker: Worker, pipes: Pipes) -> None:
+        outcome = worker.measure(Request(RESIDENT, SMALL, None))
+        here = InProcess(pipes["tiny-sd"], "cpu").measure(Request(RESIDENT, SMALL, None))
+        assert isinstance(outcome, Measurement)
+        assert isinstance(here, Measurement)
+        assert outcome.peak_bytes == here.peak_bytes
+        assert worker.subject.pipeline == probe.facts(pipes["tiny-sd"])
+
+    def test_killed_in_a_trial_is_a_crash_and_the_next_trial_runs(self, worker: Worker) -> None:
+        process = worker._process
+        assert process is not None
+        threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
+        outcome = worker.measure(
+            Request(RESIDENT, Workload(64, 64, 900, passes=2), None, full=True)
+        )
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.CRASH
+        assert "SIGKILL" in outcome.detail
+        assert isinstance(worker.measure(Request(RESIDENT, SMALL, None)), Measurement)
+
+    def test_a_hang_is_a_failure_and_the_worker_is_gone(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        process = worker._process
+        assert process is not None
+        monkeypatch.setattr("autofit.trial.measurer.HANG_S", 0.3)
+        outcome = worker.measure(
+            Request(RESIDENT, Workload(64, 64, 900, passes=2), None, full=True)
+        )
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.HANG
+        assert process.poll() is not None
+
+    def test_dies_with_its_parent(self, worker: Worker) -> None:
+        worker.renew()
+        process, life = worker._process, worker._life
+        assert process is not None
+        assert life is not None
+        os.close(life)  # what the end of this process would do
+        worker._life = None
+        deadline = time.monotonic() + 10
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.poll() == 1
+        worker.renew()
+
+    def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
+        with pytest.raises(BadInput, match="Did you mean tiny-sd"):
+            Worker(Job("tiny-ds", None, "cpu"))
