@@ -19,7 +19,6 @@ from autofit.spec import AutofitError, BadInput
 app = typer.Typer(
     name="autofit",
     help="Fit a diffusers pipeline into a memory budget: find, measure and apply the fastest plan.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,6 +33,16 @@ Dtype = Annotated[
     str | None, typer.Option(help="Load the weights as float32, float16 or bfloat16.")
 ]
 
+Fidelity = Annotated[
+    str, typer.Option(help="The least faithful plan allowed: exact, numeric or lossy.")
+]
+Images = Annotated[
+    str, typer.Option(help="Spread the time to set up (compiling) over this many images.")
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Optuna storage URL; a journal in the user folder if none.")
+]
+
 
 @app.command()
 def plan(
@@ -43,19 +52,13 @@ def plan(
     batch: Annotated[str, typer.Option(help="Images a call.")] = "1",
     steps: Annotated[str | None, typer.Option(help="Denoising steps.")] = None,
     frames: Annotated[str, typer.Option(help="Frames, of a video pipeline.")] = "1",
-    fidelity: Annotated[
-        str, typer.Option(help="The least faithful plan allowed: exact, numeric or lossy.")
-    ] = "lossy",
+    fidelity: Fidelity = "lossy",
     device: Device = None,
     dtype: Dtype = None,
     trials: Annotated[str, typer.Option(help="At most this many trials.")] = "40",
     timeout: Annotated[str, typer.Option(help="Search no longer, as 90s, 10m or 1h.")] = "10m",
-    images: Annotated[
-        str, typer.Option(help="Spread the time to set up (compiling) over this many images.")
-    ] = "20",
-    storage: Annotated[
-        str | None, typer.Option(help="Optuna storage URL; a journal in the user folder if none.")
-    ] = None,
+    images: Images = "20",
+    storage: Storage = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
     as_json: Json = False,
@@ -65,9 +68,9 @@ def plan(
 
     goal = planner.Goal(
         budget=units.parse_size(budget),
-        size=units.parse_pixels(size) if size else None,
+        size=units.parse_pixels(size) if size is not None else None,
         batch=_count("batch", batch),
-        steps=_count("steps", steps) if steps else None,
+        steps=_count("steps", steps) if steps is not None else None,
         frames=_count("frames", frames),
         fidelity=fidelity,
     )
@@ -83,7 +86,11 @@ def plan(
 
 
 @app.command()
-def probe(device: Device = None, fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew.")] = False, as_json: Json = False) -> None:  # fmt: skip
+def probe(
+    device: Device = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew.")] = False,
+    as_json: Json = False,
+) -> None:
     """Measure this machine: memory, bus, matrix rates, attention kernels that answer, versions."""
     from autofit import commands
 
@@ -156,17 +163,19 @@ def _check_folder(output: Path | None) -> None:
     """Before minutes of work: a result that cannot be written is found out now."""
     if output is not None and not output.parent.is_dir():
         raise BadInput(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
+    if output is not None and output.is_dir():
+        raise BadInput(f"output {str(output)!r} is a folder; give a file in it")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the console script's entry."""
-    sys.exit(_exit_code(arguments))
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
-def _exit_code(arguments: list[str] | None) -> int:
+def _exit_code(arguments: list[str]) -> int:
     usage: Any = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own click
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments or ["--help"], standalone_mode=False) or 0)
     except AutofitError as error:
         _complain(str(error))
         return error.exit_code

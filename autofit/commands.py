@@ -14,8 +14,9 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autofit import architectures, report, session, store
-from autofit.planner import Effort, Goal, Interrupted, Listener, Planned, find_plan
-from autofit.probe import probe_device
+from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
+from autofit.plain import plain
+from autofit.probe import device_named, probe_device
 from autofit.search import Progress
 from autofit.spec import BadInput, Failure, Measurement
 from autofit.units import format_bytes, format_seconds
@@ -34,7 +35,8 @@ def plan(
 ) -> None:
     console = _console()
     target = device or session.default_device()
-    probe_device(target)  # a device that is not there is found out before the model is loaded
+    # Found out before the model is loaded; not probed, which would take memory from the worker's.
+    device_named(target)
     start = time.monotonic()
     try:
         with _watched(console, goal) as listener:
@@ -45,8 +47,9 @@ def plan(
         best = stopped.best.plan if stopped.best else None
         console.print(report.trials_table(stopped.attempts, best, goal.budget_bytes))
         raise
-    path = store.keep(planned.profile)
-    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out))
+    except KeyboardInterrupt:  # while loading, between two trials, or verifying
+        raise Interrupted(RESUMES, (), None) from None
+    path = session.keep(planned)
     if output is not None:
         store.save(planned.profile, output)
     _show_planned(console, planned, path, time.monotonic() - start, as_json)
@@ -64,6 +67,8 @@ def _show_planned(
             "path": str(path),
             "plan_s": took_s,
             "trials": report.trials_json(planned.attempts),
+            "pipeline": plain(planned.subject.pipeline),
+            "device": plain(planned.subject.device),
         }
         print(json.dumps(found, indent=2))
     else:
@@ -89,6 +94,8 @@ def run(
     dtype: str | None,
 ) -> None:
     profile = store.load(profile_path)
+    session.check_image(output)
+    probe_device(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
     with session.apply(pipe, profile=profile, device=device):
         start = time.perf_counter()
@@ -141,10 +148,11 @@ def _watched(console: Console, goal: Goal) -> Iterator[Listener]:
                 event.number / event.limits.trials, event.elapsed_s / event.limits.timeout_s
             )
             left_s = max(0.0, event.limits.timeout_s - event.elapsed_s)
-            text = f"trial {event.number} · {_best(event)} · at most {format_seconds(left_s)} left"
+            left = f"at most {format_seconds(left_s)} left"
+            text = f"trial {event.number + 1} · {_best(event)} · {left}"
             bar.update(job, description=text, total=1.0, completed=min(1.0, share))
             if event.outcome is not None:
-                console.print(f"{event.number:>3}  {_result(event)}  {event.plan.label}")
+                console.print(f"{event.number + 1:>3}  {_result(event)}  {event.plan.label}")
 
         yield Listener(stage, progress)
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autofit import anatomy, probe, store, techniques
-from autofit.planner import Effort, Goal, fidelity_named, find_plan, workload_for
+from autofit import anatomy, probe, report, store, techniques
+from autofit.planner import Effort, Goal, Planned, fidelity_named, find_plan, workload_for
 from autofit.spec import BadInput, Profile, Workload
 from autofit.trial import InProcess, Job, Measurer, Worker, release
 from autofit.trial import generate as run_pipe
+
+_EFFORT = Effort()
 
 
 def plan(
@@ -28,7 +30,7 @@ def plan(
     steps: int | None = None,
     device: str | None = None,
     fidelity: str = "lossy",
-    effort: Effort = Effort(),
+    effort: Effort = _EFFORT,
 ) -> Profile:
     """Find, verify and store the fastest plan within the budget.
 
@@ -42,7 +44,16 @@ def plan(
     goal = Goal(budget, size, batch, steps, fidelity=fidelity)
     with measuring(model, device or default_device()) as measurer:
         defaults = model if isinstance(model, str) else None
-        return find_plan(measurer, goal, effort, defaults=defaults).profile
+        planned = find_plan(measurer, goal, effort, defaults=defaults)
+    keep(planned)
+    return planned.profile
+
+
+def keep(planned: Planned) -> Path:
+    """Store what was planned, with the trials behind it. Returns the profile's path."""
+    path = store.keep(planned.profile)
+    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out))
+    return path
 
 
 def apply(
@@ -55,7 +66,7 @@ def apply(
     profile: Profile | str | Path | None = None,
     device: str | None = None,
     fidelity: str = "lossy",
-    effort: Effort = Effort(),
+    effort: Effort = _EFFORT,
 ) -> Applied:
     """Make the pipe fit: apply a profile, or find the fastest plan within the budget and apply it.
 
@@ -63,7 +74,8 @@ def apply(
     the pipe is planned for by trials in this process (seconds to minutes) and the profile stored.
 
     Raises:
-        BadInput: neither budget nor profile, or a profile of another pipeline.
+        BadInput: neither budget nor profile, or a profile of another pipeline, or whose plan this
+            device cannot run.
         NothingFits: no plan stays within the budget.
     """
     if (budget is None) == (profile is None):
@@ -73,10 +85,16 @@ def apply(
     if profile is None:
         assert budget is not None
         goal = Goal(budget, size, batch, steps, fidelity=fidelity)
-        profile = _stored(pipe, goal, target) or _planned_here(pipe, goal, effort, target)
+        profile = _stored(pipe, goal, target)
+        if profile is None:
+            with measuring(pipe, target) as measurer:
+                planned = find_plan(measurer, goal, effort)
+            keep(planned)
+            profile = planned.profile
     elif not isinstance(profile, Profile):
         profile = store.load(profile)
     _check_same(pipe, profile)
+    _check_possible(pipe, profile, target)
     return Applied(pipe, profile, target)
 
 
@@ -134,6 +152,16 @@ def generate(pipe: Any, workload: Workload, prompt: str, seed: int) -> list[Any]
     return [Image.fromarray((p * 255).round().astype("uint8")) for p in np.asarray(pixels)]
 
 
+def check_image(path: Path) -> None:
+    """Refuse a file name that ``save_images`` could not write.
+
+    Raises:
+        BadInput: its ending names no image format.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise BadInput(f"image {path}: {path.suffix!r} is no image format; write NAME.png")
+
+
 def save_images(images: list[Any], path: Path) -> list[Path]:
     """Write one image to ``path``, several to ``name-0.png``, ``name-1.png``, ... beside it.
 
@@ -164,20 +192,14 @@ def _stored(pipe: Any, goal: Goal, device: str) -> Profile | None:
     )
 
 
-def _planned_here(pipe: Any, goal: Goal, effort: Effort, device: str) -> Profile:
-    with measuring(pipe, device) as measurer:
-        profile = find_plan(measurer, goal, effort).profile
-    store.keep(profile)
-    return profile
-
-
 @contextmanager
 def _parked(pipe: Any) -> Iterator[None]:
     """The pipe's weights on the CPU inside, each back on its device on exit."""
-    found = {
-        name: next(module.parameters()).device for name, module in anatomy.modules(pipe).items()
-    }
     parts = anatomy.modules(pipe)
+    found = {
+        name: next((t.device for _, _, t in anatomy.tensors(module)), torch.device("cpu"))
+        for name, module in parts.items()
+    }
     try:
         for module in parts.values():
             module.to("cpu")
@@ -201,8 +223,8 @@ def _check_untouched(pipe: Any) -> None:
                 f"{name}.{part} is offloaded already: call pipe.remove_all_hooks() and"
                 " pipe.to('cpu'), or load the pipe anew, before autofit.apply"
             )
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("group_offloading") is not None:
+        registries: list[Any] = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
+        if any(r is not None and r.get_hook("group_offloading") for r in registries):
             raise BadInput(f"{name}.{part} is group-offloaded already: load the pipe anew")
 
 
@@ -217,3 +239,11 @@ def _check_same(pipe: Any, profile: Profile) -> None:
             f"the profile is for another {profile.pipeline} (configuration, dtypes or adapters"
             " differ): plan for this one with autofit plan"
         )
+
+
+def _check_possible(pipe: Any, profile: Profile, device: str) -> None:
+    """A profile made on one machine may ask for what another has not."""
+    facts = probe.facts(pipe), probe.probe_device(device), profile.workload
+    reason = techniques.why_not(profile.plan, *facts)
+    if reason is not None:
+        raise BadInput(f"the profile's plan cannot run on {device} ({reason}): plan for it here")

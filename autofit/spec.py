@@ -64,7 +64,7 @@ class Workload:
 
 
 class Phase(StrEnum):
-    """The parts of a generation. A technique touches known phases, so plans are composed from them."""
+    """The parts of a generation. A technique touches known phases: plans are composed from them."""
 
     ENCODE = "encode"  # text encoders, and all before the first denoiser call
     STEP = "step"  # one denoising step
@@ -129,14 +129,15 @@ class Component:
     role: Role
     dtype: str
     weight_bytes: int
-    largest_leaf_bytes: int  # the largest module without children
+    largest_leaf_bytes: int  # the most that one module owns itself
     blocks: tuple[BlockList, ...] = ()
     groups: bool = True  # diffusers' group offload supports it
     convolutional: bool = False
+    leaves: int = 0  # modules with weights of their own: what leaf-level offload hooks
 
     @property
     def largest_block_bytes(self) -> int:
-        """The most that block-level offload holds of it: two blocks, and all outside block lists."""
+        """The most that block-level offload holds of it: two blocks and all outside block lists."""
         if not self.blocks:
             return self.weight_bytes
         outside = self.weight_bytes - sum(b.total_bytes for b in self.blocks)
@@ -187,7 +188,7 @@ class Pipeline:
 
 
 class Fidelity(StrEnum):
-    """How close the output stays to the pipe as found. Ordered: a plan is as faithful as its worst."""
+    """How close the output stays to the pipe as found; a plan is as faithful as its worst."""
 
     EXACT = "exact"  # the same arithmetic
     NUMERIC = "numeric"  # the same function, rounded otherwise
@@ -289,6 +290,7 @@ class Traffic:
     pageable_bytes: int = 0
     back_bytes: int = 0  # device to host, pageable
     overlaps: bool = False  # with the compute of the same phase
+    hooks: int = 0  # run by Python, one for each group of weights moved
 
 
 @dataclass(frozen=True)
@@ -361,10 +363,11 @@ class Prediction:
 class Measurement:
     """One plan, run. Raw seconds and bytes; nothing is rounded.
 
-    ``peak_bytes`` is what the card must hold: the allocator's reserved bytes at their highest, warm-up
-    included, plus what is not the allocator's (context, libraries). On the CPU it is the bytes of
-    tensors alive at their highest. ``image_s`` is a whole generation; in a short trial it is
-    extrapolated as encode + first step + (steps - 1) x median of the later steps + decode.
+    ``peak_bytes`` is what the card must hold: the allocator's reserved bytes at their highest,
+    warm-up included, plus what is not the allocator's (context, libraries). On the CPU it is the
+    bytes of tensors alive at their highest. ``image_s`` is a whole generation; in a short trial it
+    is extrapolated as encode + first step + (steps - 1) x median of the later steps + decode,
+    the steps being the scheduler's.
     """
 
     image_s: float

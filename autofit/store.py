@@ -257,7 +257,7 @@ def keep_why(path: Path, why: Mapping[str, Any]) -> None:
 
 
 def load_why(path: str | Path) -> Any:
-    """Read what ``keep_why`` stored for a profile, beside it or in the folder; None if nothing is."""
+    """Read what ``keep_why`` stored for a profile, beside it or in the folder, or None."""
     kept = folder() / "profiles" / _file_name(load(path))
     for place in (Path(path), kept):
         try:

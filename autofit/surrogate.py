@@ -1,10 +1,10 @@
 """What the trials teach about plans not tried: cost.py's arithmetic, corrected choice by choice.
 
-A technique touches known phases, so each phase of a plan depends on few choices and most plans share
-their phases with one measured. Per phase, the logarithm of measured over predicted seconds (and
-activation bytes) is fitted by ridge regression on the choices; a phase measured just so is taken as
-measured. Everything is kept per distinct phase, not per plan: tens of thousands of plans are
-predicted in milliseconds.
+A technique touches known phases, so each phase of a plan depends on few choices and most plans
+share their phases with one measured. Per phase, the logarithm of measured over predicted seconds
+(and activation bytes) is fitted by ridge regression on the choices; a phase measured just so is
+taken as measured. Everything is kept per distinct phase, not per plan: tens of thousands of plans
+are predicted in milliseconds.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Corrected:
 
 
 def _features(keys: Sequence[tuple[Technique, ...]]) -> Floats:
-    """One row a key: intercept, then a column for each technique and one for each kind of it, so that
-    one tile size measured says something about the others."""
+    """One row a key: intercept, then a column for each technique and one for each kind of it, so
+    that one tile size measured says something about the others."""
     columns: dict[str, int] = {}
     marks = []
     for row, key in enumerate(keys):
@@ -160,7 +160,7 @@ class Surrogate:
     def learn(self, number: int, outcome: Outcome, budget_bytes: int, best_s: float | None) -> None:
         if isinstance(outcome, Measurement):
             self._learn_measurement(number, outcome)
-        elif outcome.why in (Why.OUT_OF_MEMORY, Why.OVER_BUDGET):
+        elif outcome.why is Why.OUT_OF_MEMORY:
             self._learn_no_memory(number, outcome, budget_bytes)
         elif outcome.why is Why.TOO_SLOW and best_s is not None:
             self._learn_too_slow(number, best_s)
@@ -168,9 +168,10 @@ class Surrogate:
     def _learn_measurement(self, number: int, outcome: Measurement) -> None:
         later_s = statistics.median(outcome.step_s[1:] or outcome.step_s)
         first_s = max(0.0, outcome.step_s[0] - later_s)  # transfers once an image
+        steps_s = outcome.image_s - outcome.encode_s - first_s - outcome.decode_s
         spent_s = {
             Phase.ENCODE: outcome.encode_s + first_s,
-            Phase.STEP: later_s,
+            Phase.STEP: steps_s / self.workload.steps,  # some schedulers call the denoiser oftener
             Phase.DECODE: outcome.decode_s,
         }
         for phase, table in self.tables.items():

@@ -83,7 +83,7 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write seconds for a reader with three significant digits: ``0.865 s``, ``25.5 s``, ``3m05s``."""
+    """Write seconds for a reader, three significant digits: ``0.865 s``, ``25.5 s``, ``3m05s``."""
     if seconds >= 100:
         return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
     return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"

@@ -3,8 +3,8 @@
     python scripts/record_trials.py --out DIR [--only sdxl-8GiB,flux-dev-8GiB] [--limit 120]
 
 Each case is one `autofit plan` in a process of its own with a time limit; the lines are written as
-they come. Budgets below the card are emulated by capping the allocator. `make_profiles.py` turns the
-lines into `profiles/` and the golden trials of the tests.
+they come. Budgets below the card are emulated by capping the allocator. `make_profiles.py` turns
+the lines into `profiles/` and the golden trials of the tests.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from autofit.probe import facts, probe_device
 from autofit.spec import Device, Fidelity, Kernel, Phase, Slot, Technique, Workload
 from autofit.techniques import CANDIDATES, KINDS
 from autofit.techniques.placement import Resident
+from autofit.trial import generate
 
 STEPS, IMAGES, SIDE_PX, WIDE_PX = 2, 2, 64, 96
 WORKLOAD = Workload(SIDE_PX, SIDE_PX, STEPS, batch=IMAGES, passes=2)
@@ -154,15 +155,7 @@ def _snapshot(technique: Technique, pipe: Any) -> dict[str, object]:
 
 
 def _generate(pipe: Any, width: int = SIDE_PX) -> NDArray[np.float32]:
-    images: NDArray[np.float32] = pipe(
-        "a cat",
-        num_inference_steps=STEPS,
-        width=width,
-        height=SIDE_PX,
-        num_images_per_prompt=IMAGES,
-        generator=torch.Generator("cpu").manual_seed(0),
-        output_type="np",
-    ).images
+    images: NDArray[np.float32] = generate(pipe, replace(WORKLOAD, width=width), STEPS)
     return images
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 from samples import device
 
 from autofit.architectures import build
@@ -186,3 +186,16 @@ def test_a_pipe_without_a_vae() -> None:
         SlicedVae().applied(SimpleNamespace(components={}), "cpu"),
     ):
         pass
+
+
+def test_tiles_the_vae_that_names_its_scale() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(latent_channels=4).eval()
+    latents = torch.randn(1, 4, 24, 24)
+    before = dict(vars(vae))
+    with torch.no_grad():
+        with TiledVae(64, 0.25).applied(SimpleNamespace(components={"vae": vae}, vae=vae), "cpu"):
+            assert vae.tile_latent_min_size == 8
+            tiled = vae.decode(latents).sample
+        assert tiled.shape == vae.decode(latents).sample.shape
+    assert vars(vae) == before

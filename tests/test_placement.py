@@ -61,7 +61,7 @@ def test_resident_bytes(placement: Placement, encode: int, step: int, decode: in
         (
             BLOCK_STREAM,
             Traffic(800, overlaps=True),
-            Traffic(800, 200, 200, overlaps=True),
+            Traffic(800, 200, 200, overlaps=True, hooks=7),
             Traffic(),
         ),
         (KEEP, Traffic(800, overlaps=True), Traffic(), Traffic()),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from worlds import CARD, LARGE, SDXL, World, gib
 
-from autofit.search import Limits, Progress, Task, parameters, ranking, search
+from autofit.sampler import HOPELESS, Task, parameters, ranking
+from autofit.search import Limits, Progress, search
 from autofit.spec import (
     Attempt,
     Failure,
@@ -74,8 +76,8 @@ def test_changes_one_thing_at_a_time_once_something_fits() -> None:
 
 
 def test_a_phase_that_ran_out_of_memory_is_not_run_so_again() -> None:
-    world = World(gib(1))
-    found = search(task(gib(1)), world.measure)
+    world = World(gib(0.7))
+    found = search(task(gib(0.7)), world.measure)
     ran_out: set[tuple[str, ...]] = set()
     for attempt in found.attempts:
         assert isinstance(attempt.outcome, Failure)
@@ -87,7 +89,7 @@ def test_a_phase_that_ran_out_of_memory_is_not_run_so_again() -> None:
         )
         assert (attempt.outcome.phase.value, *key) not in ran_out
         ran_out.add((attempt.outcome.phase.value, *key))
-    assert ranking(found.attempts, task(gib(1))) == []
+    assert ranking(found.attempts, task(gib(0.7))) == []
     assert found.leanest
 
 
@@ -154,6 +156,37 @@ def test_a_choice_that_breaks_is_not_tried_in_other_plans() -> None:
     broken = [p.at(Slot.EXECUTION) for p in world.calls if p.at(Slot.EXECUTION)]
     assert broken
     assert len(set(broken)) == len(broken)
+
+
+def test_stops_where_every_plan_breaks() -> None:
+    error = Failure(Why.ERROR, "TypeError: the pipe wants an image")
+    assert len(search(task(gib(24)), lambda *_: error).attempts) == HOPELESS
+
+
+def test_a_choice_that_needed_too_much_is_tried_in_other_plans() -> None:
+    world = World(gib(12))
+    first = next(p for p in PLANS if p.label == "resident")
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, give_up_s)
+        return Failure(Why.OVER_BUDGET, "") if plan is first else outcome
+
+    found = search(task(gib(12)), measure, first=[first])
+    assert any(a.plan.placement == first.placement for a in found.attempts[1:])
+
+
+def test_what_fits_the_allocator_but_not_the_budget_does_not_win() -> None:
+    world = World(gib(12))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, give_up_s)
+        if len(world.calls) == 1 and isinstance(outcome, Measurement):
+            return replace(outcome, peak_bytes=gib(12) + 1)
+        return outcome
+
+    found = search(task(gib(12)), measure)
+    assert len(found.attempts) > 1
+    assert within(found.attempts, gib(12)).peak_bytes <= gib(12)
 
 
 def test_keeps_to_its_limits() -> None:

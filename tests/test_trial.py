@@ -3,12 +3,15 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from conftest import Pipes
@@ -80,7 +83,7 @@ class TestInProcess:
         request = Request(RESIDENT, Workload(64, 64, 40, passes=2), None)
         outcome = measurer.measure(request)
         assert isinstance(outcome, Measurement)
-        assert 4 <= outcome.steps_run == len(outcome.step_s) <= 10
+        assert 6 <= outcome.steps_run == len(outcome.step_s) <= 20
         assert outcome.image_s > 30 * min(outcome.step_s)
         weights = measurer.subject.pipeline.weight_bytes
         assert weights < outcome.phase_peak_bytes["step"] <= outcome.peak_bytes < 3 * weights
@@ -112,7 +115,7 @@ class TestInProcess:
         assert outcome.why is Why.TOO_SLOW
 
     def test_compares_with_the_reference(self, measurer: InProcess, tmp_path: Path) -> None:
-        image = tmp_path / "reference.npy"
+        image = tmp_path / "reference.npz"
         measurer.measure(Request(RESIDENT, SMALL, None, output=image))
         asked = {"reference": image, "reference_label": "resident"}
         same = measurer.measure(Request(RESIDENT, SMALL, None, **asked))
@@ -122,6 +125,52 @@ class TestInProcess:
         assert (same.psnr_db, same.reference) == (math.inf, "resident")
         assert half.psnr_db is not None
         assert 15 < half.psnr_db < 99
+
+    def test_compares_images_of_as_many_steps(self, measurer: InProcess, tmp_path: Path) -> None:
+        image = tmp_path / "reference.npz"
+        measurer.measure(Request(RESIDENT, replace(SMALL, steps=3), None, output=image))
+        outcome = measurer.measure(Request(RESIDENT, SMALL, None, reference=image))
+        assert isinstance(outcome, Measurement)
+        assert (outcome.steps_run, outcome.psnr_db) == (6, math.inf)
+
+    def test_noise_that_a_scheduler_adds_is_seeded_as_ever(
+        self, measurer: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = measurer.pipe.scheduler
+        scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(found.config)
+        monkeypatch.setattr(measurer.pipe, "scheduler", scheduler)
+        image = tmp_path / "reference.npz"
+        measurer.measure(Request(RESIDENT, SMALL, None, output=image))
+        again = measurer.measure(Request(RESIDENT, SMALL, None, reference=image))
+        assert isinstance(again, Measurement)
+        assert again.psnr_db == math.inf
+
+    @pytest.mark.parametrize(
+        ("scheduler", "calls"),
+        [("DDIMScheduler", 40), ("PNDMScheduler", 41), ("HeunDiscreteScheduler", 79)],
+    )
+    def test_extrapolates_to_the_steps_that_the_scheduler_makes(
+        self, measurer: InProcess, scheduler: str, calls: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = dict(measurer.pipe.scheduler.config) | {"skip_prk_steps": True}
+        made = getattr(diffusers, scheduler).from_config(config)
+        monkeypatch.setattr(measurer.pipe, "scheduler", made)
+        outcome = measurer.measure(Request(RESIDENT, replace(SMALL, steps=40), None))
+        assert isinstance(outcome, Measurement)
+        later_s = (calls - 1) * statistics.median(outcome.step_s[1:])
+        whole_s = outcome.encode_s + outcome.step_s[0] + later_s + outcome.decode_s
+        assert outcome.image_s == pytest.approx(whole_s)
+
+    def test_libraries_that_outgrow_the_cap_fail_a_whole_run_only(
+        self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("autofit.trial.run.non_torch_bytes", lambda *_: 2**30)
+        short = measurer.measure(Request(RESIDENT, SMALL, 2**30))
+        assert isinstance(short, Measurement)
+        assert short.peak_bytes > short.non_torch_bytes == 2**30
+        whole = measurer.measure(Request(RESIDENT, SMALL, 2**30, full=True))
+        assert isinstance(whole, Failure)
+        assert (whole.why, whole.needed_bytes) == (Why.OVER_BUDGET, short.peak_bytes)
 
     def test_verifies_whole_generations_twice(self, measurer: InProcess) -> None:
         outcome = measurer.measure(Request(RESIDENT, SMALL, None, full=True))

@@ -1,7 +1,7 @@
 """A model and a card that exist on paper, with a truth that the planner has to find out.
 
-The truth starts from the cost model's arithmetic and bends it: each choice has its own factor, drawn
-from a seed, on the seconds and on the activations of the phases that it touches.
+The truth starts from the cost model's arithmetic and bends it: each choice has its own factor,
+drawn from a seed, on the seconds and on the activations of the phases that it touches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SDXL = Pipeline(
     components=(
         Component("vae", "AutoencoderKL", Role.VAE, "float16", 167_000_000, 9_400_000,
                   convolutional=True),
-        Component("text_encoder", "CLIPTextModel", Role.ENCODER, "float16", 246_000_000, 75_900_000),
+        Component("text_encoder", "CLIPTextModel", Role.ENCODER, "float16", 246_000_000,
+                  75_900_000),
         Component("text_encoder_2", "CLIPTextModel", Role.ENCODER, "float16", 1_390_000_000,
                   126_000_000),
         Component("unet", "UNet2DConditionModel", Role.DENOISER, "float16", 5_135_000_000,

@@ -1,4 +1,4 @@
-"""A torch device -> Device: what it holds, how fast it moves and multiplies, which kernels answer."""
+"""A torch device -> Device: what it holds, its rates, and which attention kernels answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def probe_device(device: str, *, fresh: bool = False) -> Device:
     Raises:
         BadInput: there is no such device.
     """
-    target = _target(device)
+    target = device_named(device)
     before = memory.before_context(target)  # first: asking torch for versions makes the context
     cache = _cache_path(target)
     if not fresh and cache.exists():
@@ -51,14 +52,20 @@ def probe_device(device: str, *, fresh: bool = False) -> Device:
         except ValidationError:
             pass  # written by another version of autofit: measured anew below
     found = _measure(target, before)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_bytes(_DEVICE.dump_json(found, indent=1))
-    partial.replace(cache)
+    with suppress(OSError):  # a folder that cannot be written costs a few seconds the next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_bytes(_DEVICE.dump_json(found, indent=1))
+        partial.replace(cache)
     return found
 
 
-def _target(device: str) -> torch.device:
+def device_named(device: str) -> torch.device:
+    """Return the torch device that a text names.
+
+    Raises:
+        BadInput: there is no such device.
+    """
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -77,7 +84,7 @@ def _measure(device: torch.device, before_bytes: int | None) -> Device:
     cuda = device.type == "cuda"
     context_bytes = memory.context_bytes(device, before_bytes) if cuda else 0
     pinned_s, pageable_s, copied_s = (_copy_rates if cuda else _host_rates)(device)
-    return Device(
+    found = Device(
         kind="cuda" if cuda else "cpu",
         name=torch.cuda.get_device_name(device) if cuda else _processor(),
         total_bytes=memory.total_bytes(device),
@@ -91,6 +98,9 @@ def _measure(device: torch.device, before_bytes: int | None) -> Device:
         kernels=tuple(_answering(device)),
         versions=versions(device),
     )
+    if cuda:
+        torch.cuda.empty_cache()
+    return found
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -112,7 +122,9 @@ def versions(device: torch.device) -> dict[str, str]:
 def _cache_path(device: torch.device) -> Path:
     home = os.environ.get("AUTOFIT_HOME")
     folder = Path(home) / "cache" if home else Path(platformdirs.user_cache_dir("autofit"))
-    facts = [platform.node(), str(device), *sorted(versions(device).items())]
+    # The card itself: "cuda:0" is another one under another CUDA_VISIBLE_DEVICES.
+    card = torch.cuda.get_device_properties(device) if device.type == "cuda" else "cpu"
+    facts = [platform.node(), str(card), *sorted(versions(device).items())]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return folder / "devices" / f"{device.type}-{key}.json"
 
@@ -137,19 +149,16 @@ def _seconds(device: torch.device, work: Callable[[], object], repeats: int = 5)
 
 
 def _copy_rates(device: torch.device) -> tuple[float, float, float]:
-    """Host to device from pinned and from pageable memory, and device to device (read + written)."""
+    """Host to device from pinned and from pageable memory; device to device, read plus written."""
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     pageable = torch.empty(COPY_BYTES, dtype=torch.uint8).fill_(1)
     pinned = pageable.pin_memory()
     other = torch.empty_like(there)
-    rates = (
+    return (
         COPY_BYTES / _seconds(device, lambda: there.copy_(pinned, non_blocking=True)),
         COPY_BYTES / _seconds(device, lambda: there.copy_(pageable)),
         2 * COPY_BYTES / _seconds(device, lambda: other.copy_(there)),
     )
-    del there, other
-    torch.cuda.empty_cache()
-    return rates
 
 
 def _host_rates(device: torch.device) -> tuple[float, float, float]:

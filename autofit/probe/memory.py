@@ -92,8 +92,9 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
         work()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    stream = torch.cuda.current_stream(device)  # of this card: not the current one, perhaps
+    begin.record(stream)
     work()
-    end.record()
+    end.record(stream)
     torch.cuda.synchronize(device)
     return float(begin.elapsed_time(end)) / 1e3

@@ -15,10 +15,9 @@ from torch import nn
 from autofit import anatomy
 from autofit.spec import BlockList, Component, Pipeline
 
-VAE_SCALE = (
-    8  # pixels a latent side, where a pipeline does not say: all of Stable Diffusion and Flux
-)
-# Of a configuration, what says how it was made and not what it is; so does all that starts with "_".
+# Pixels a latent side, where a pipeline does not say: all of Stable Diffusion and Flux.
+VAE_SCALE = 8
+# What of a configuration says how it was made, not what it is; all that starts with "_" does too.
 _ORIGIN = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
@@ -95,6 +94,7 @@ def _component(name: str, module: nn.Module) -> Component:
         convolutional=any(
             isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in module.modules()
         ),
+        leaves=sum(_bytes([m]) > 0 for m in module.modules()),
     )
 
 
@@ -134,7 +134,9 @@ def _patch(denoiser: nn.Module, vae: Any | None) -> int:
         (vae.config.get("latent_channels") or config.in_channels) if vae else config.in_channels
     )
     packing = int(math.sqrt(max(1, config.in_channels // latent)))
-    return int(getattr(config, "patch_size", None) or 1) * packing
+    patch = getattr(config, "patch_size", None) or 1
+    side = patch[-1] if isinstance(patch, tuple | list) else patch  # of video: (frames, rows, ...)
+    return int(side) * packing
 
 
 def _hidden_size(denoiser: nn.Module) -> int:
@@ -159,7 +161,7 @@ def _default_size(pipe: Any, denoiser: nn.Module, scale: int) -> tuple[int, int]
 
 
 def _vae_channels(vae: Any | None) -> int:
-    """Channels at full resolution: the first of AutoencoderKL's, the base of the video families'."""
+    """Channels at full resolution: AutoencoderKL's first, the base of the video families'."""
     config: Any = vae.config if vae is not None else {}
     channels = config.get("block_out_channels") or config.get("base_dim") or 128
     return int(channels[0] if isinstance(channels, tuple | list) else channels)

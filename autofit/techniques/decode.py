@@ -113,7 +113,8 @@ class TiledVae(Technique):
     @contextmanager
     def _attributes(self, vae: Any) -> Iterator[None]:
         """AutoencoderKL and its kin: ``enable_tiling`` takes no size, so the attributes are set."""
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = getattr(vae, "spatial_scale_factor", None)  # AutoencoderTiny says
+        scale = scale or 2 ** (len(vae.config.block_out_channels) - 1)
         settings = {
             "tile_sample_min_size": self.tile_px,
             "tile_latent_min_size": self.tile_px // scale,

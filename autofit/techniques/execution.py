@@ -43,8 +43,7 @@ _TENSOR = object()  # stands for a tensor where constants are listed
 class TracedDenoiser(Technique):
     """Record the denoiser with ``torch.jit.trace`` and replay the graph: no Python in a step.
 
-    A trace holds for one signature of the inputs and is made at the first call with it; the
-    executor optimises the graph at the second call.
+    A trace holds for one signature of the inputs and is made at the first call with it.
     """
 
     name: ClassVar[str] = "traced"
@@ -85,7 +84,10 @@ class _Traces:
                 return self._found(*args, **kwargs)
             self._made[signature] = self._trace(leaves, spec)
         traced, out_spec = self._made[signature]
-        return pytree.tree_unflatten(traced(*_tensors(leaves)), out_spec)
+        # Optimising the graph takes seconds to minutes at the second call, and gains nothing where
+        # the kernels are what takes the time.
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            return pytree.tree_unflatten(traced(*_tensors(leaves)), out_spec)
 
     def _trace(
         self, leaves: list[Any], spec: pytree.TreeSpec

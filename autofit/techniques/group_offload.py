@@ -121,7 +121,13 @@ class GroupOffload(Placement):
         moved = [c for c in self._moved(run) if c.role is ROLES[phase]]
         streamed = sum(self._streamed_bytes(c) for c in moved) * runs(pipeline, phase)
         copied = total_bytes(moved) * runs(pipeline, phase) - streamed
-        return Traffic(streamed, copied, back_bytes=copied, overlaps=streamed > 0)
+        hooks = sum(self._groups(c) for c in moved) * runs(pipeline, phase)
+        return Traffic(streamed, copied, copied, overlaps=streamed > 0, hooks=hooks)
+
+    def _groups(self, component: Component) -> int:
+        if self.level == "block" and component.blocks:
+            return 1 + sum(b.count for b in component.blocks)
+        return component.leaves
 
     def _streamed_bytes(self, component: Component) -> int:
         if not self.stream:

@@ -145,8 +145,9 @@ class SequentialOffload(Placement):
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         run = as_run(pipeline, phase)
-        moved_bytes = total_bytes(run.of_role(ROLES[phase])) * runs(pipeline, phase)
-        return Traffic(pageable_bytes=moved_bytes)
+        moved, times = run.of_role(ROLES[phase]), runs(pipeline, phase)
+        hooks = sum(c.leaves for c in moved) * times
+        return Traffic(pageable_bytes=total_bytes(moved) * times, hooks=hooks)
 
     @property
     def traits(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from autofit import probe
+from autofit.probe import memory
 from autofit.spec import (
     AutofitError,
     BadInput,
@@ -28,7 +29,8 @@ from autofit.spec import (
     Pipeline,
     Why,
 )
-from autofit.trial.run import Request, measure, non_torch_bytes
+from autofit.trial.cap import non_torch_bytes
+from autofit.trial.run import Request, measure
 
 START_S = 900.0  # to import, build or load the pipe and probe the device
 HANG_S = 900.0  # a trial without an answer for this long is taken for hung
@@ -58,9 +60,10 @@ class InProcess:
 
     def __init__(self, pipe: Any, device: str) -> None:
         self.pipe = pipe
-        self.device = torch.device(device)
+        self.device = probe.device_named(device)
+        before_bytes = memory.before_context(self.device)  # the probe makes the context
         self.subject = Subject(probe.facts(pipe), probe.probe_device(device))
-        self._others_bytes = others_bytes(self.device, self.subject.device)
+        self._others_bytes = others_bytes(self.device, self.subject.device, before_bytes)
 
     def measure(self, request: Request) -> Outcome:
         return measure(self.pipe, request, self.device, self._others_bytes)
@@ -72,10 +75,16 @@ class InProcess:
         pass
 
 
-def others_bytes(device: torch.device, facts: Device) -> int:
-    """What other processes hold on the card now, this one having its context."""
+def others_bytes(device: torch.device, facts: Device, before_bytes: int | None) -> int:
+    """What other processes hold on the card.
+
+    ``before_bytes`` is what was in use before this process had its context. Where it had one
+    already, what its libraries hold counts as others'.
+    """
     if device.type != "cuda":
         return 0
+    if before_bytes is not None:
+        return before_bytes
     torch.zeros(1, device=device)
     return max(0, non_torch_bytes(device, 0) - facts.context_bytes)
 
@@ -140,7 +149,7 @@ class Worker:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
         theirs.close()
@@ -189,7 +198,7 @@ class Worker:
         try:
             return process.wait(timeout=1.0)  # one that crashed has a code of its own
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
             return process.wait()
 
 

@@ -7,6 +7,7 @@ no callback, so it works for pipelines that have none, and for any placement (ho
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import weakref
@@ -67,7 +68,8 @@ class HostTracker(TorchDispatchMode):
             return
         if self.cap_bytes is not None and self.live_bytes + size_bytes > self.cap_bytes:
             raise torch.OutOfMemoryError(
-                f"Tried to allocate {size_bytes} B; {self.live_bytes} B of {self.cap_bytes} B in use"
+                f"Tried to allocate {size_bytes} B;"
+                f" {self.live_bytes} B of {self.cap_bytes} B in use"
             )
         self.live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -121,6 +123,7 @@ class Meter:
             self._watch.mark()
 
     def _wrapped_step(self, step: Callable[..., Any], on_step: OnStep | None) -> Callable[..., Any]:
+        @functools.wraps(step)  # pipelines read its signature to know whether to pass a generator
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = step(*args, **kwargs)
             self._steps += 1
@@ -132,6 +135,7 @@ class Meter:
         return wrapped
 
     def _wrapped_decode(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(decode)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._close_phase(Phase.DECODE)
             return decode(*args, **kwargs)
@@ -173,7 +177,8 @@ class Meter:
     def projected_s(self, steps: int) -> float:
         """A whole generation's seconds, less its decode, by the steps seen so far.
 
-        Leaves the last step out, so that it waits for no work still in the queue. Needs three steps.
+        Leaves the last step out, so that it waits for no work still in the queue. Needs three
+        steps.
         """
         first_s = self._watch.between_s(0, 2)  # encode and first step
         later = [self._watch.between_s(i, i + 1) for i in range(2, self._steps)]

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import gc
 import inspect
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map, tree_map_only
 
-from autofit import probe, techniques
-from autofit.probe import memory
+from autofit import anatomy, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
+from autofit.trial.cap import capped, non_torch_bytes
 from autofit.trial.meter import Meter, asked_bytes, tracked
+from autofit.trial.reference import Reference
 
 PROMPT = "a lighthouse on a rocky coast at dusk, waves, photograph"
 SEED = 0
 WARMUP_STEPS = 2  # the first learns the order of streams, traces and compiles; the second is steady
-TRIAL_STEPS = (4, 10)  # the first carries transfers; more of the later ones while they take under
+TRIAL_STEPS = (6, 20)  # the first carries transfers; more of the later ones while they take under
 TRIAL_S = 1.0  # this long together: steps bound by launches on the CPU are noisy
 _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
@@ -45,8 +46,8 @@ class Request:
     set_aside_bytes: int = 0
     give_up_s: float | None = None
     full: bool = False
-    output: Path | None = None  # where the image goes, uint8, (batch, height, width, 3)
-    reference: Path | None = None  # the image to compare with
+    output: Path | None = None  # where the image goes, to be another trial's reference
+    reference: Path | None = None  # what to compare with: ``output`` of another trial
     reference_label: str | None = None
 
 
@@ -62,7 +63,10 @@ def measure(pipe: Any, request: Request, device: torch.device, others_bytes: int
     failure: Failure | None = None
     trial = _Trial(pipe, request, device, others_bytes)
     try:
-        with _capped(device, request, others_bytes), torch.no_grad():
+        with (
+            capped(device, request.cap_bytes, request.set_aside_bytes, others_bytes),
+            torch.no_grad(),
+        ):
             outcome: Outcome = trial.run()
     except torch.OutOfMemoryError as error:
         failure = trial.out_of_memory(error)
@@ -95,8 +99,32 @@ def generate(
         asked["num_frames"] = workload.frames
     if workload.passes == 1 and probe.batches_guidance(pipe):
         asked["guidance_scale"] = 1.0
-    out = pipe(**asked)
+    with _noise_of_any_dtype(pipe):
+        out = pipe(**asked)
     return out.images if hasattr(out, "images") else out.frames
+
+
+@contextmanager
+def _noise_of_any_dtype(pipe: Any) -> Iterator[None]:
+    """Draw the initial latents in float32, whatever the pipe's dtype, and round them to it.
+
+    torch draws other numbers from the same seed in other dtypes (seen with 2.11), so that the
+    images of a half-precision plan could not be compared with the pipe's own.
+    """
+    found = pipe.prepare_latents
+
+    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
+        wide = tree_map(
+            lambda a: torch.float32 if isinstance(a, torch.dtype) else a, (args, kwargs)
+        )
+        latents = found(*wide[0], **wide[1])
+        if not given:
+            return latents
+        return tree_map_only(torch.Tensor, lambda t: t.to(given[0]), latents)
+
+    with anatomy.attribute(pipe, "prepare_latents", prepare_latents):
+        yield
 
 
 def release(device: torch.device) -> None:
@@ -107,6 +135,16 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One generation: the steps asked for, and what came of them."""
+
+    steps: int
+    meter: Meter
+    seconds: float
+    images: Any
+
+
 class _Trial:
     def __init__(
         self, pipe: Any, request: Request, device: torch.device, others_bytes: int
@@ -114,6 +152,7 @@ class _Trial:
         self.pipe, self.request, self.device = pipe, request, device
         self.others_bytes = others_bytes
         self.meters: list[Meter] = []
+        self.reference = Reference.load(request.reference)
 
     @property
     def phase(self) -> Phase | None:
@@ -122,19 +161,24 @@ class _Trial:
     def run(self) -> Outcome:
         if self.device.type == "cpu":
             self._track()
+        else:
+            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         with techniques.applied(self.request.plan, self.pipe, str(self.device)):
-            warm = self._generate(min(WARMUP_STEPS, self.request.workload.steps))[0]
+            warm = self._generate(min(WARMUP_STEPS, self.request.workload.steps))
             _finish(self.device)
             warmup_s = time.perf_counter() - start
             if self.request.full:
                 return self._verify(warmup_s)
-            steps = self._steps(warm)
-            meter, _, images = self._generate(steps, give_up_s=self.request.give_up_s)
-            step_s = meter.step_s
+            run = self._generate(self._steps(warm.meter), give_up_s=self.request.give_up_s)
+            step_s = run.meter.step_s
             later_s = statistics.median(step_s[1:] or step_s)
-            image_s = meter.encode_s + step_s[0] + (self.request.workload.steps - 1) * later_s
-            return self._judged(meter, image_s + meter.decode_s, warmup_s, images)
+            calls = _scheduler_calls(self.request.workload.steps, warm, run)
+            image_s = run.meter.encode_s + step_s[0] + (calls - 1) * later_s + run.meter.decode_s
+            if self.reference is not None and self.reference.steps != run.steps:
+                # another number of steps makes another image
+                run = replace(run, images=self._generate(self.reference.steps).images)
+            return self._judged(run, image_s, warmup_s)
 
     def _track(self) -> None:
         """Follow tensor memory through one step, on the CPU, where no allocator counts it.
@@ -147,9 +191,8 @@ class _Trial:
 
     def _verify(self, warmup_s: float) -> Outcome:
         runs = [self._generate(self.request.workload.steps) for _ in range(2)]
-        meter, _, images = runs[-1]
-        runs_s = tuple(seconds for _, seconds, _ in runs)
-        return self._judged(meter, statistics.mean(runs_s), warmup_s, images, runs_s)
+        runs_s = tuple(run.seconds for run in runs)
+        return self._judged(runs[-1], statistics.mean(runs_s), warmup_s, runs_s)
 
     def _steps(self, warm: Meter) -> int:
         low, high = TRIAL_STEPS
@@ -158,7 +201,7 @@ class _Trial:
 
     def _generate(
         self, steps: int, *, give_up_s: float | None = None, tracking: bool = False
-    ) -> tuple[Meter, float, Any]:
+    ) -> _Run:
         cap_bytes = self.request.cap_bytes if tracking else None
         start = time.perf_counter()
         tracking_mode = tracked(self.pipe, self.device, cap_bytes) if tracking else _plain()
@@ -167,7 +210,7 @@ class _Trial:
             self.meters.append(meter)
             with meter.running(self._judge(meter, give_up_s)):
                 images = generate(self.pipe, self.request.workload, steps)
-        return meter, time.perf_counter() - start, images
+        return _Run(steps, meter, time.perf_counter() - start, images)
 
     def _judge(self, meter: Meter, give_up_s: float | None) -> Callable[[int], None] | None:
         if give_up_s is None:
@@ -180,24 +223,22 @@ class _Trial:
         return on_step
 
     def _judged(
-        self,
-        meter: Meter,
-        image_s: float,
-        warmup_s: float,
-        images: Any,
-        runs_s: tuple[float, ...] = (),
+        self, run: _Run, image_s: float, warmup_s: float, runs_s: tuple[float, ...] = ()
     ) -> Outcome:
-        request = self.request
-        pixels = np.asarray(images)
+        """What a generation comes to. A short one over the cap is a measurement all the same: it
+        shows what is to be set aside, where a whole one has failed its purpose."""
+        request, meter = self.request, run.meter
+        pixels = np.asarray(run.images)
         if not np.isfinite(pixels).all() or pixels.std() == 0.0:
             return Failure(Why.BAD_OUTPUT, "the image is not finite, or one flat colour")
         peak_bytes = max(m.reserved_bytes for m in self.meters) + self._non_torch_bytes()
-        if request.cap_bytes is not None and peak_bytes > request.cap_bytes:
+        if request.full and request.cap_bytes is not None and peak_bytes > request.cap_bytes:
             detail = "what is not torch's grew beyond what was set aside for it"
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (pixels * 255).round().astype(np.uint8)
         if request.output is not None:
-            np.save(request.output, image)
+            Reference(image, run.steps).save(request.output)
+        psnr_db = self.reference.psnr_db(image) if self.reference else None
         return Measurement(
             image_s=image_s,
             peak_bytes=peak_bytes,
@@ -210,8 +251,8 @@ class _Trial:
             steps_run=len(meter.step_s),
             runs_s=runs_s,
             verified=bool(runs_s),
-            psnr_db=_psnr_db(image, request.reference),
-            reference=request.reference_label if request.reference else None,
+            psnr_db=psnr_db,
+            reference=None if psnr_db is None else request.reference_label,
         )
 
     def _phase_peaks(self) -> dict[str, int]:
@@ -223,9 +264,18 @@ class _Trial:
 
     def out_of_memory(self, error: BaseException) -> Failure:
         needed = asked_bytes(error)
-        if self.device.type == "cuda":
-            needed += torch.cuda.memory_allocated(self.device) + self._non_torch_bytes()
+        if self.device.type == "cuda":  # the phase's highest: the plan is undone by now
+            needed += torch.cuda.max_memory_allocated(self.device) + self._non_torch_bytes()
         return Failure(Why.OUT_OF_MEMORY, _one_line(error), self.phase, needed or None)
+
+
+def _scheduler_calls(steps: int, first: _Run, second: _Run) -> int:
+    """How often ``steps`` call the scheduler, from two runs: PNDM makes one step more than it is
+    asked for, Heun twice as many less one."""
+    (few, few_calls), (more, calls) = ((r.steps, len(r.meter.step_s)) for r in (first, second))
+    if few == more:
+        return calls
+    return calls + (steps - more) * (calls - few_calls) // (more - few)
 
 
 @contextmanager
@@ -241,42 +291,3 @@ def _finish(device: torch.device) -> None:
 def _one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"
-
-
-def _psnr_db(image: np.ndarray[Any, Any], reference: Path | None) -> float | None:
-    """Peak signal-to-noise ratio in dB of 8-bit images; infinite where they are equal."""
-    if reference is None or not reference.exists():
-        return None
-    other = np.load(reference)
-    if other.shape != image.shape:
-        return None
-    error = float(np.mean((image.astype(np.float32) - other.astype(np.float32)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def non_torch_bytes(device: torch.device, others_bytes: int) -> int:
-    """What this process holds on the card outside torch's allocator: context and libraries."""
-    if device.type != "cuda":
-        return 0
-    used = memory.used_bytes(device)
-    if used is None:
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        used = total_bytes - free_bytes
-    return max(0, used - others_bytes - torch.cuda.memory_reserved(device))
-
-
-@contextmanager
-def _capped(device: torch.device, request: Request, others_bytes: int) -> Iterator[None]:
-    """Make the allocator refuse what would take the process over the cap; lifted on exit."""
-    if device.type != "cuda" or request.cap_bytes is None:
-        yield
-        return
-    total = memory.total_bytes(device)
-    outside = max(request.set_aside_bytes, non_torch_bytes(device, others_bytes))
-    allowed = request.cap_bytes - outside
-    before = torch.cuda.get_per_process_memory_fraction(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, allowed) / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)

@@ -10,9 +10,8 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-import torch
-
 from autofit import architectures, probe
+from autofit.probe import memory
 from autofit.spec import BadInput
 from autofit.trial.measurer import Job, Subject, others_bytes
 from autofit.trial.run import Request, measure
@@ -21,15 +20,16 @@ from autofit.trial.run import Request, measure
 def serve(connection: Connection) -> None:
     job = connection.recv()
     assert isinstance(job, Job)
-    torch_device = torch.device(job.device)
     try:
+        torch_device = probe.device_named(job.device)
+        before_bytes = memory.before_context(torch_device)
         device = probe.probe_device(job.device)  # first: it measures the context by making it
         pipe = architectures.load(job.model, dtype=job.dtype)
         subject = Subject(probe.facts(pipe), device)
     except BadInput as error:
         connection.send(str(error))
         return
-    others = others_bytes(torch_device, device)
+    others = others_bytes(torch_device, device, before_bytes)
     connection.send(subject)
     while True:
         try:

@@ -1,0 +1,115 @@
+"""Trials within a budget, as the search and the verification ask for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autofit import cost
+from autofit.sampler import Task, ranking
+from autofit.search import Found
+from autofit.spec import (
+    Attempt,
+    Failure,
+    Measurement,
+    NothingFits,
+    Outcome,
+    Plan,
+)
+from autofit.trial import Measurer, Request
+
+MAX_VERIFIED = 3  # plans verified in full, while the first is slower than the next one's trial
+REFERENCE_SLOWER = 40.0  # a reference predicted this much slower than the fastest is not worth it
+
+
+class Trials:
+    """The measurer as the search sees it: capped, compared with a reference, mindful of growth."""
+
+    def __init__(self, measurer: Measurer, task: Task, folder: Path) -> None:
+        self.measurer, self.task, self.folder = measurer, task, folder
+        self._set_aside_bytes = 0
+        self._reference = ""
+        self.first = [r] if (r := self._choose_reference()) else []
+
+    def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
+        """One trial. The first that succeeds is the reference that the others are compared with."""
+        first = not self._image.exists()
+        if first:
+            self._reference = plan.label
+        return self._measure(
+            plan,
+            give_up_s=None if first else give_up_s,
+            output=self._image if first else None,
+            reference=self._image,
+            reference_label=self._reference,
+        )
+
+    def verify(self, found: Found) -> Attempt:
+        """Measure the best in full; where it disappoints, the next ones too. The best wins."""
+        verified: list[Attempt] = []
+        failures: list[Failure] = []
+        for attempt in ranking(found.attempts, self.task)[:MAX_VERIFIED]:
+            assert isinstance(attempt.outcome, Measurement)
+            if ranking([*verified, attempt], self.task)[0] in verified:
+                break
+            outcome = self._measure(attempt.plan, full=True)
+            if isinstance(outcome, Failure):  # perhaps of what earlier trials left in the process
+                self.measurer.renew()
+                outcome = self._measure(attempt.plan, full=True)
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                continue
+            seen = attempt.outcome
+            outcome = dataclasses.replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
+            verified.append(Attempt(attempt.plan, outcome))
+        if not verified:
+            raise NothingFits(
+                f"the best plans passed their trials but not the whole run: {failures[-1].detail};"
+                " try a budget a little larger",
+                None,
+            )
+        return ranking(verified, self.task)[0]
+
+    def smallest_bytes(self, plans: Sequence[Plan]) -> int | None:
+        """The least peak of these plans, measured without a cap."""
+        peaks = []
+        for plan in plans:
+            outcome = self._measure(plan, capped=False)
+            if isinstance(outcome, Measurement):
+                peaks.append(outcome.peak_bytes)
+        return min(peaks, default=None)
+
+    @property
+    def _image(self) -> Path:
+        return self.folder / "reference.npz"
+
+    def _measure(self, plan: Plan, *, capped: bool = True, **asked: Any) -> Outcome:
+        cap_bytes = self.task.budget_bytes if capped else None
+        outcome = self._once(plan, cap_bytes, asked)
+        over = isinstance(outcome, Measurement) and outcome.peak_bytes > (cap_bytes or math.inf)
+        # Libraries were loaded in it; with these set aside, the allocator may do with less.
+        return self._once(plan, cap_bytes, asked) if over else outcome
+
+    def _once(self, plan: Plan, cap_bytes: int | None, asked: dict[str, Any]) -> Outcome:
+        request = Request(plan, self.task.workload, cap_bytes, self._set_aside_bytes, **asked)
+        outcome = self.measurer.measure(request)
+        if isinstance(outcome, Measurement):
+            self._set_aside_bytes = max(self._set_aside_bytes, outcome.non_torch_bytes)
+        return outcome
+
+    def _choose_reference(self) -> Plan | None:
+        """The most faithful plan that should fit, with the fewest techniques: the pipe as it is, if
+        at all possible."""
+        task = self.task
+        rows, fastest_s = [], math.inf
+        for plan in task.plans:
+            predicted = cost.predict(plan, task.pipeline, task.device, task.workload)
+            if predicted.peak_bytes <= task.budget_bytes:
+                fastest_s = min(fastest_s, predicted.image_s)
+                key = (plan.fidelity.rank, len(plan.techniques), predicted.image_s)
+                rows.append((key, plan))
+        rows = [row for row in rows if row[0][-1] <= REFERENCE_SLOWER * fastest_s]
+        return min(rows, key=lambda row: row[0], default=(None, None))[1]

@@ -1,0 +1,227 @@
+"""Which plan to try next: the most promising of the legal ones, none twice.
+
+The first trial is the plan predicted fastest among those with nothing unusual in them, then one new
+choice at a time (what changed is then what made the difference), each with the hope that its
+technique states, until no untried plan is predicted to win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+from pydantic import TypeAdapter
+
+from autofit.spec import (
+    Attempt,
+    Device,
+    Failure,
+    Measurement,
+    Outcome,
+    Pipeline,
+    Plan,
+    Slot,
+    Workload,
+)
+from autofit.surrogate import Surrogate
+
+NONE = "none"
+MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
+HOPE = 0.25  # by how much a choice never seen may beat its prediction
+MAX_NEW = 1  # choices never seen in one plan: what changed is then what made the difference
+NEAR = 1.05  # within this of the budget a plan is tried: predictions err by more
+HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
+LEANEST = 3
+NEARLY_AS_FAST = 1.015  # among plans this close in time, the more faithful and leaner is better
+# What the first trial may contain: the rest is tried one by one on top of it.
+_FIRST = (Slot.PRECISION, Slot.DECODE, Slot.PLACEMENT)
+_OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Measurement | Failure)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is searched for."""
+
+    plans: tuple[Plan, ...]
+    pipeline: Pipeline
+    device: Device
+    workload: Workload
+    budget_bytes: int
+    images: int = 20  # over how many images the set-up (transfers, compiling) is spread
+
+    def objective_s(self, outcome: Measurement) -> float:
+        return outcome.image_s + outcome.warmup_s / self.images
+
+
+def best_attempt(attempts: Sequence[Attempt], task: Task) -> Attempt | None:
+    """The fastest attempt within the budget; of those nearly as fast, the most faithful one."""
+    ranked = ranking(attempts, task)
+    return ranked[0] if ranked else None
+
+
+def ranking(attempts: Sequence[Attempt], task: Task) -> list[Attempt]:
+    """Attempts within the budget, best first."""
+    measured = [
+        (task.objective_s(a.outcome), a.plan.fidelity.rank, a.outcome.peak_bytes, a)
+        for a in attempts
+        if isinstance(a.outcome, Measurement) and a.outcome.peak_bytes <= task.budget_bytes
+    ]
+    measured.sort(key=lambda row: row[:3])
+    if not measured:
+        return []
+    bar_s = measured[0][0] * NEARLY_AS_FAST
+    near = sorted((r for r in measured if r[0] <= bar_s), key=lambda row: row[1:3])
+    return [row[3] for row in near + [r for r in measured if r[0] > bar_s]]
+
+
+def parameters(plan: Plan) -> dict[str, str]:
+    """The plan as Optuna sees it: one categorical a slot."""
+    return {s.value: t.label if (t := plan.at(s)) else NONE for s in Slot}
+
+
+class PlanSampler(BaseSampler):
+    """Proposes legal, untried plans, the most promising first."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.attempts: list[Attempt] = []
+        self.tried: set[int] = set()
+        self.next: Plan | None = None
+        self._numbers = {plan: number for number, plan in enumerate(task.plans)}
+        self._surrogate = Surrogate(task.plans, task.pipeline, task.device, task.workload)
+        self._choices = _Choices(task.plans)
+        self._tie_break = np.array(
+            [(p.fidelity.rank * 100 + len(p.techniques)) for p in task.plans]
+        )
+        self.distributions = {
+            slot: CategoricalDistribution(sorted({parameters(p)[slot] for p in task.plans}))
+            for slot in parameters(task.plans[0])
+        }
+
+    def number(self, plan: Plan) -> int:
+        return self._numbers[plan]
+
+    def recall(self, trials: Sequence[FrozenTrial]) -> None:
+        """Learn what earlier runs of the study measured; plans that are legal no more are left."""
+        by_parameters = {tuple(parameters(p).values()): p for p in self.task.plans}
+        for trial in trials:
+            plan = by_parameters.get(tuple(trial.params.get(s.value, "") for s in Slot))
+            if plan is not None and "outcome" in trial.user_attrs:
+                self.learn(plan, _OUTCOME.validate_python(trial.user_attrs["outcome"]))
+
+    def learn(self, plan: Plan, outcome: Outcome) -> None:
+        best = best_attempt(self.attempts, self.task)
+        best_s = best.outcome.image_s if best and isinstance(best.outcome, Measurement) else None
+        number = self.number(plan)
+        self.tried.add(number)
+        self.attempts.append(Attempt(plan, outcome))
+        self._choices.learn(number, outcome)
+        self._surrogate.learn(number, outcome, self.task.budget_bytes, best_s)
+
+    def propose(self) -> Plan | None:
+        """The next plan worth a trial, or None when nothing untried is predicted to win."""
+        untried = np.ones(len(self.task.plans), dtype=bool)
+        untried[list(self.tried)] = False
+        untried &= ~(self._choices.banned() | self._surrogate.impossible())
+        fits = untried & (self._surrogate.peak_bytes() <= self.task.budget_bytes * NEAR)
+        best = best_attempt(self.attempts, self.task)
+        if best is not None and isinstance(best.outcome, Measurement):
+            novelty = self._choices.novelty()
+            seconds = self._surrogate.image_s() * (1 - HOPE) ** novelty
+            seconds += self._choices.setup_s() / self.task.images
+            goal_s = self.task.objective_s(best.outcome) * (1 - MIN_GAIN)
+            return self._pick(fits & (novelty <= MAX_NEW) & (seconds < goal_s), seconds)
+        return self._until_one_fits(untried, fits)
+
+    def _until_one_fits(self, untried: Any, fits: Any) -> Plan | None:
+        """Before anything was measured within the budget: the fastest that should fit and is plain,
+        else the leanest."""
+        hopeless = len(self.attempts) >= HOPELESS
+        if hopeless and all(_is_fault(a.outcome) for a in self.attempts):
+            return None  # it is not the plans that are at fault
+        for mask in (fits & self._choices.plain(), fits):
+            if mask.any():
+                return self._pick(mask, self._surrogate.image_s())
+        if hopeless:
+            return None
+        return self._pick(untried, self._surrogate.peak_bytes())
+
+    def leanest(self) -> tuple[Plan, ...]:
+        order = np.argsort(self._surrogate.peak_bytes(), kind="stable")[:LEANEST]
+        return tuple(self.task.plans[number] for number in order)
+
+    def _pick(self, mask: Any, value: Any) -> Plan | None:
+        candidates: Any = np.flatnonzero(mask)
+        if not len(candidates):
+            return None
+        order = np.lexsort((self._tie_break[candidates], np.round(value[candidates], 9)))
+        return self.task.plans[int(candidates[order[0]])]
+
+    # Optuna's side of it
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return dict(self.distributions)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        plan = self.next or self.propose() or self.task.plans[0]
+        self.next = None
+        return parameters(plan)
+
+    def sample_independent(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("every parameter is sampled with the others")
+
+
+def _is_fault(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and outcome.why.is_fault
+
+
+class _Choices:
+    """Which techniques were seen at work, by plan."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.labels = sorted({t.label for p in plans for t in p.techniques})
+        column = {label: i for i, label in enumerate(self.labels)}
+        self.used = np.zeros((len(plans), len(self.labels)), dtype=np.int16)
+        self.first = np.zeros(len(self.labels), dtype=bool)
+        for number, plan in enumerate(plans):
+            for technique in plan.techniques:
+                self.used[number, column[technique.label]] = 1
+                self.first[column[technique.label]] = technique.slot in _FIRST
+        self._unseen = np.ones(len(self.labels), dtype=np.int16)
+        self._bad = np.zeros(len(self.labels), dtype=np.int16)
+        self._setup_s = np.full(len(self.labels), np.inf)
+
+    def learn(self, number: int, outcome: Outcome) -> None:
+        new = (self.used[number] == 1) & (self._unseen == 1)
+        if _is_fault(outcome):
+            if new.sum() == 1:  # all else in it was seen to work
+                self._bad[new] = 1
+            return
+        self._unseen[self.used[number] == 1] = 0
+        if isinstance(outcome, Measurement):
+            mine = self.used[number] == 1
+            self._setup_s[mine] = np.minimum(self._setup_s[mine], outcome.warmup_s)
+
+    def novelty(self) -> Any:
+        return self.used @ self._unseen
+
+    def banned(self) -> Any:
+        return (self.used @ self._bad) > 0
+
+    def plain(self) -> Any:
+        return (self.used @ (~self.first).astype(np.int16)) == 0
+
+    def setup_s(self) -> Any:
+        """Least set-up seen with each choice; a plan's slowest choice decides. Unseen: none."""
+        seen = np.where(np.isfinite(self._setup_s), self._setup_s, 0.0)
+        return (self.used * seen).max(axis=1)

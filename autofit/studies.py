@@ -1,0 +1,54 @@
+"""Where Optuna keeps a study: a database by URL, else a journal in the user's data folder."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
+
+from autofit import store
+from autofit.spec import BadInput
+
+
+def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
+    """Open the storage for a study. With ``fresh``, what it holds of the study is forgotten.
+
+    Raises:
+        BadInput: a URL that opens nothing, a folder that cannot be written, a damaged journal.
+    """
+    if url is not None:
+        return _database(url, name, fresh)
+    path = store.folder() / "studies" / f"{name}.journal"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh and path.exists():
+            os.replace(path, path.with_suffix(".old"))
+        return _journal(path)
+    except OSError as error:
+        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+
+
+def _journal(path: Path) -> Any:
+    try:
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            raise ValueError("its last line was cut")  # Optuna would append to it
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    except ValueError as error:
+        raise BadInput(f"study {path} is damaged ({error}): start anew with --fresh") from error
+
+
+def _database(url: str, name: str, fresh: bool) -> Any:
+    try:
+        opened = optuna.storages.get_storage(url)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"storage {url!r}: {reason}; write as sqlite:///studies.db") from error
+    if fresh:
+        with suppress(KeyError):  # there is no such study yet
+            optuna.delete_study(study_name=name, storage=opened)
+    return opened

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import samples
+from worlds import CARD, LARGE, SDXL, gib
+
+from autofit.budgeted import Trials
+from autofit.sampler import Task
+from autofit.search import Found
+from autofit.spec import Attempt, Fidelity, Measurement, Outcome
+from autofit.techniques.space import legal_plans
+from autofit.trial import Request, Subject
+
+PLANS = legal_plans(SDXL, CARD, LARGE)
+EXACT = next(p for p in PLANS if p.fidelity is Fidelity.EXACT)
+LOSSY = next(p for p in PLANS if p.fidelity is Fidelity.LOSSY)
+BUDGET = gib(6)
+
+
+class Scripted:
+    """Answers requests from a list, in order, and keeps them."""
+
+    subject = Subject(SDXL, CARD)
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes, self.requests = list(outcomes), list[Request]()
+
+    def measure(self, request: Request) -> Outcome:
+        self.requests.append(request)
+        return self.outcomes.pop(0)
+
+    def renew(self) -> None:
+        raise AssertionError("nothing failed")
+
+    def close(self) -> None:
+        raise AssertionError("not the trials' to close")
+
+
+def trials(measurer: Scripted, folder: Path) -> Trials:
+    return Trials(measurer, Task(PLANS, SDXL, CARD, LARGE, BUDGET), folder)
+
+
+def took(image_s: float, **changes: int) -> Measurement:
+    return replace(samples.measurement(image_s=image_s, warmup_s=0.0), **changes)
+
+
+def test_a_trial_in_which_libraries_were_loaded_is_run_again_with_these_set_aside(
+    tmp_path: Path,
+) -> None:
+    grown = took(1.0, peak_bytes=BUDGET + 1, non_torch_bytes=gib(1))
+    measurer = Scripted(grown, took(1.0, peak_bytes=BUDGET))
+    assert trials(measurer, tmp_path).short(EXACT, None) == took(1.0, peak_bytes=BUDGET)
+    assert [r.set_aside_bytes for r in measurer.requests] == [0, gib(1)]
+
+
+def test_a_trial_without_a_cap_runs_once(tmp_path: Path) -> None:
+    measurer = Scripted(took(1.0, peak_bytes=2 * BUDGET))
+    assert trials(measurer, tmp_path).smallest_bytes([EXACT]) == 2 * BUDGET
+
+
+def test_the_faithful_plan_stays_the_best_when_verified(tmp_path: Path) -> None:
+    found = Found((Attempt(EXACT, took(1.0)), Attempt(LOSSY, took(0.99))), ())
+    measurer = Scripted(took(1.0))
+    assert trials(measurer, tmp_path).verify(found).plan is EXACT
+
+
+def test_one_that_disappoints_is_left_for_the_next(tmp_path: Path) -> None:
+    found = Found((Attempt(EXACT, took(1.0)), Attempt(LOSSY, took(1.1))), ())
+    measurer = Scripted(took(1.2), took(1.1))
+    best = trials(measurer, tmp_path).verify(found)
+    assert (best.plan, len(measurer.requests)) == (LOSSY, 2)
