@@ -28,24 +28,17 @@ REFERENCE_SLOWER = 40.0  # a reference predicted this much slower than the faste
 class Trials:
     """The measurer as the search sees it: capped, compared with a reference, mindful of growth."""
 
-    def __init__(self, measurer: Measurer, task: Task, folder: Path) -> None:
-        self.measurer, self.task, self.folder = measurer, task, folder
+    def __init__(self, measurer: Measurer, task: Task, image: Path) -> None:
+        """``image`` is the file of the study's reference, kept from run to run."""
+        self.measurer, self.task, self._image = measurer, task, image
         self._set_aside_bytes = 0
-        self._reference = ""
         self.first = [r] if (r := self._choose_reference()) else []
 
     def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
         """One trial. The first that succeeds is the reference that the others are compared with."""
-        first = not self._image.exists()
-        if first:
-            self._reference = plan.label
-        return self._measure(
-            plan,
-            give_up_s=None if first else give_up_s,
-            output=self._image if first else None,
-            reference=self._image,
-            reference_label=self._reference,
-        )
+        if self._image.exists():
+            return self._measure(plan, give_up_s=give_up_s, reference=self._image)
+        return self._measure(plan, output=self._image)
 
     def verify(self, found: Found) -> Attempt:
         """Measure the best in full; where it disappoints, the next ones too. The best wins."""
@@ -81,10 +74,6 @@ class Trials:
             if isinstance(outcome, Measurement):
                 peaks.append(outcome.peak_bytes)
         return min(peaks, default=None)
-
-    @property
-    def _image(self) -> Path:
-        return self.folder / "reference.npz"
 
     def _measure(self, plan: Plan, *, capped: bool = True, **asked: Any) -> Outcome:
         cap_bytes = self.task.budget_bytes if capped else None

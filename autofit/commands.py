@@ -14,8 +14,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autofit import architectures, report, session, store
-from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
 from autofit.plain import plain
+from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
 from autofit.probe import device_named, probe_device
 from autofit.search import Progress
 from autofit.spec import BadInput, Failure, Measurement

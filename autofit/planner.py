@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from autofit import architectures, studies, techniques
@@ -125,22 +123,21 @@ def find_plan(
     plans = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
     task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
     name = _study_name(task, goal)
-    with tempfile.TemporaryDirectory(prefix="autofit-") as folder:
-        trials = Trials(measurer, task, Path(folder))
-        listener.stage(f"{len(plans)} legal plans for {pipeline.cls} on {device.name}")
-        found = search(
-            task,
-            trials.short,
-            limits=Limits(effort.trials, effort.timeout_s),
-            first=trials.first,
-            storage=studies.storage(effort.storage, name, fresh=effort.fresh),
-            name=name,
-            on_progress=listener.progress,
-        )
-        _check_found(task, found, trials)
-        listener.stage("verifying in full, twice, under the cap")
-        winner = trials.verify(found)
-        assert isinstance(winner.outcome, Measurement)
+    trials = Trials(measurer, task, studies.image(name, fresh=effort.fresh))
+    listener.stage(f"{len(plans)} legal plans for {pipeline.cls} on {device.name}")
+    found = search(
+        task,
+        trials.short,
+        limits=Limits(effort.trials, effort.timeout_s),
+        first=trials.first,
+        storage=studies.storage(effort.storage, name, fresh=effort.fresh),
+        name=name,
+        on_progress=listener.progress,
+    )
+    _check_found(task, found, trials)
+    listener.stage("verifying in full, twice, under the cap")
+    winner = trials.verify(found)
+    assert isinstance(winner.outcome, Measurement)
     profile = Profile(
         pipeline.cls, pipeline.fingerprint, workload, goal.budget_bytes, winner.plan,
         winner.outcome, _environment(task),

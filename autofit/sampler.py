@@ -27,15 +27,21 @@ from autofit.spec import (
     Pipeline,
     Plan,
     Slot,
+    Why,
     Workload,
 )
 from autofit.surrogate import Surrogate
 
 NONE = "none"
+FAR = (
+    1.25  # a plan that would be faster by BIG_GAIN is tried up to here: no memory is found out fast
+)
+BIG_GAIN = 0.8
+BOLD_FAILURES = 12  # trials without memory, after which no more such plans are tried
 MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
 HOPE = 0.25  # by how much a choice never seen may beat its prediction
-MAX_NEW = 1  # choices never seen in one plan: what changed is then what made the difference
-NEAR = 1.05  # within this of the budget a plan is tried: predictions err by more
+MAX_NEW = 1  # changes at a time: what changed is then what made the difference
+NEAR = 1.08  # within this of the budget a plan is tried: predictions err by more
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
 LEANEST = 3
 NEARLY_AS_FAST = 1.015  # among plans this close in time, the more faithful and leaner is better
@@ -129,15 +135,25 @@ class PlanSampler(BaseSampler):
         untried = np.ones(len(self.task.plans), dtype=bool)
         untried[list(self.tried)] = False
         untried &= ~(self._choices.banned() | self._surrogate.impossible())
-        fits = untried & (self._surrogate.peak_bytes() <= self.task.budget_bytes * NEAR)
+        peak_bytes, budget_bytes = self._surrogate.peak_bytes(), self.task.budget_bytes
+        fits = untried & (peak_bytes <= budget_bytes * NEAR)
         best = best_attempt(self.attempts, self.task)
         if best is not None and isinstance(best.outcome, Measurement):
             novelty = self._choices.novelty()
-            seconds = self._surrogate.image_s() * (1 - HOPE) ** novelty
+            seconds = self._surrogate.image_s() * np.where(novelty > 0, 1 - HOPE, 1.0)
             seconds += self._choices.setup_s() / self.task.images
             goal_s = self.task.objective_s(best.outcome) * (1 - MIN_GAIN)
-            return self._pick(fits & (novelty <= MAX_NEW) & (seconds < goal_s), seconds)
+            apart = untried & self._choices.one_change()
+            likely = apart & fits & (seconds < goal_s)
+            bold = apart & (peak_bytes <= budget_bytes * FAR) & (seconds < goal_s * BIG_GAIN)
+            if likely.any() or self._ran_out() >= BOLD_FAILURES:
+                return self._pick(likely, seconds)
+            return self._pick(bold, seconds)
         return self._until_one_fits(untried, fits)
+
+    def _ran_out(self) -> int:
+        outcomes = [a.outcome for a in self.attempts if isinstance(a.outcome, Failure)]
+        return sum(outcome.why is Why.OUT_OF_MEMORY for outcome in outcomes)
 
     def _until_one_fits(self, untried: Any, fits: Any) -> Plan | None:
         """Before anything was measured within the budget: the fastest that should fit and is plain,
@@ -213,7 +229,15 @@ class _Choices:
             self._setup_s[mine] = np.minimum(self._setup_s[mine], outcome.warmup_s)
 
     def novelty(self) -> Any:
+        """How many choices of each plan were never seen."""
         return self.used @ self._unseen
+
+    def one_change(self) -> Any:
+        """Plans in which what is new can be told apart: how things are placed, cast and decoded,
+        which often fits only together, or one choice of the other slots, but not both."""
+        placing = self.used @ (self._unseen * self.first)
+        others = self.used @ (self._unseen * ~self.first)
+        return (placing > 0) + others <= MAX_NEW
 
     def banned(self) -> Any:
         return (self.used @ self._bad) > 0

@@ -33,6 +33,23 @@ def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
         raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
 
 
+def image(name: str, *, fresh: bool = False) -> Path:
+    """Where a study keeps the image that its trials are compared with. With ``fresh``, the one that
+    is there is forgotten.
+
+    Raises:
+        BadInput: a folder that cannot be written.
+    """
+    path = store.folder() / "studies" / f"{name}.npz"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+    return path
+
+
 def _journal(path: Path) -> Any:
     try:
         if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):

@@ -66,8 +66,8 @@ class PhaseTable:
             self.features,
         )
 
-    def live_bytes(self) -> Floats:
-        return self.weight_bytes + self.activations.values()
+    def live_bytes(self, fragmentation: float = 1.0) -> Floats:
+        return self.weight_bytes + fragmentation * self.activations.values()
 
 
 class Corrected:
@@ -131,9 +131,8 @@ class Surrogate:
         facts = [plan.facts(pipeline) for plan in plans]
         self.workload = workload
         self.tables = {p: PhaseTable(plans, facts, device, workload, p) for p in Phase}
-        self._factor = cost.overhead_factor(device)
-        self._context_bytes = float(device.context_bytes)
-        self._overheads: list[float] = []  # measured peak less live tensors at their highest
+        self._fragmentation = [cost.fragmentation(device)]  # the prior, then as measured
+        self._outside_bytes = float(cost.outside_bytes(device))
 
     def image_s(self) -> Floats:
         """Predicted seconds an image of every plan."""
@@ -143,18 +142,15 @@ class Surrogate:
 
     def peak_bytes(self) -> Floats:
         """Predicted peak of every plan."""
-        live = self._live_bytes()
-        if self._overheads:
-            return live + statistics.median(self._overheads)
-        return live * self._factor + self._context_bytes
+        return self._live_bytes(statistics.median(self._fragmentation)) + self._outside_bytes
 
     def impossible(self) -> npt.NDArray[np.bool_]:
         """Plans with a phase that ran out of memory just so in another plan."""
         parts = [t.refused[t.index] for t in self.tables.values()]
         return np.any(parts, axis=0)  # type: ignore[no-any-return]
 
-    def _live_bytes(self) -> Floats:
-        parts = [t.live_bytes()[t.index] for t in self.tables.values()]
+    def _live_bytes(self, fragmentation: float = 1.0) -> Floats:
+        parts = [t.live_bytes(fragmentation)[t.index] for t in self.tables.values()]
         return np.max(parts, axis=0)  # type: ignore[no-any-return]
 
     def learn(self, number: int, outcome: Outcome, budget_bytes: int, best_s: float | None) -> None:
@@ -181,7 +177,17 @@ class Surrogate:
             table.activations.learn(
                 row, max(ACTIVATION_FLOOR, live_bytes - table.weight_bytes[row])
             )
-        self._overheads.append(outcome.peak_bytes - max(outcome.phase_peak_bytes.values()))
+        self._learn_overheads(number, outcome)
+
+    def _learn_overheads(self, number: int, outcome: Measurement) -> None:
+        """What the allocator held beyond live tensors, for a byte of activations in that phase."""
+        self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
+        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0))
+        live_bytes = outcome.phase_peak_bytes[highest.value]
+        table = self.tables[highest]
+        activations = table.activations.values()[table.index[number]]
+        extra_bytes = outcome.peak_bytes - outcome.non_torch_bytes - live_bytes
+        self._fragmentation.append(1.0 + min(1.0, max(0.0, extra_bytes / activations)))
 
     def _learn_no_memory(self, number: int, outcome: Failure, budget_bytes: int) -> None:
         overhead = float(self.peak_bytes()[number] - self._live_bytes()[number])

@@ -1,22 +1,30 @@
 """Plan the published cases on this machine's GPU and record every trial, a JSON line a case.
 
-    python scripts/record_trials.py --out DIR [--only sdxl-8GiB,flux-dev-8GiB] [--limit 120]
+    python scripts/record_trials.py --out DIR [--only sdxl-1024x1024-8GiB,...] [--limit 120]
 
-Each case is one `autofit plan` in a process of its own with a time limit; the lines are written as
-they come. Budgets below the card are emulated by capping the allocator. `make_profiles.py` turns
-the lines into `profiles/` and the golden trials of the tests.
+The cases of one model share a worker process, which builds the model once; each has a time limit,
+and the lines are written as they come. Budgets below the card are emulated by capping the
+allocator. `make_profiles.py` turns the lines into `profiles/` and the golden trials of the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from autofit import report, session
+from autofit.plain import plain
+from autofit.planner import Effort, Goal, Listener, find_plan
+from autofit.search import Progress
+from autofit.spec import AutofitError, Measurement
+from autofit.trial import Measurer
+from autofit.units import parse_pixels
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,11 @@ class Case:
 
 CASES = (
     Case("sd15", "4GiB", "512x512", 50),
+    Case("sd15", "8GiB", "3840x2224", 20),
     Case("sdxl", "12GiB", "1024x1024", 30),
     Case("sdxl", "8GiB", "1024x1024", 30),
     Case("sdxl", "6GiB", "1024x1024", 30),
     Case("sdxl", "4GiB", "1024x1024", 30),
-    Case("sd15", "8GiB", "3840x2224", 20),
     Case("flux-dev", "24GiB", "1024x1024", 28),
     Case("flux-dev", "8GiB", "1024x1024", 28),
 )
@@ -48,66 +56,66 @@ TINY = (Case("tiny-sd", "1GiB", "64x64", 4), Case("tiny-flux", "1GiB", "64x64", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
-    parser.add_argument("--only", default="", help="names of cases, with commas; all if empty")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds of search a case")
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--only", default="", help="names of cases, in the order to run them")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of search a case")
+    parser.add_argument("--device", default=session.default_device())
     options = parser.parse_args()
-    wanted = {name for name in options.only.split(",") if name}
-    cases = [c for c in CASES + TINY if c.name in wanted or (not wanted and c in CASES)]
-    if unknown := wanted - {c.name for c in cases}:
-        parser.error(
-            f"no case {', '.join(sorted(unknown))}; known: {', '.join(c.name for c in CASES)}"
-        )
+    known = {case.name: case for case in CASES + TINY}
+    wanted = [name for name in options.only.split(",") if name] or [c.name for c in CASES]
+    if unknown := set(wanted) - set(known):
+        parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     with (options.out / "results.jsonl").open("a") as out:
-        for case in cases:
-            line = record(case, options.limit, options.device)
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-            print(summary(case, line), flush=True)
+        cases = [known[name] for name in wanted]
+        for model, group in itertools.groupby(cases, key=lambda case: case.model):
+            with session.measuring(model, options.device) as measurer:
+                for case in group:
+                    out.write(json.dumps(record(case, measurer, options.limit)) + "\n")
+                    out.flush()
+                    os.fsync(out.fileno())
 
 
-def record(case: Case, limit_s: float, device: str) -> dict[str, object]:
-    """Run one case; whatever becomes of it is a line."""
-    command = [
-        "autofit", "plan", case.model, "--budget", case.budget, "--size", case.size,
-        "--steps", str(case.steps), "--batch", str(case.batch), "--device", device,
-        "--timeout", f"{limit_s:g}s", "--json",
-    ]  # fmt: skip
+def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
+    """Plan one case; whatever becomes of it is a line."""
+    goal = Goal(case.budget, parse_pixels(case.size), case.batch, case.steps)
+    effort = Effort(timeout_s=limit_s, fresh=True)
+    print(f"== {case.name}", flush=True)
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            capture_output=True,
-            text=True,
-            timeout=3 * limit_s + 60,
-        )
-        code, stdout, stderr = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, stdout, stderr = None, "", str(error.stderr or b"", "utf-8", "replace")
-    found = json.loads(stdout) if code == 0 else None
-    return {
+    line: dict[str, Any] = {
         "case": asdict(case),
-        "command": " ".join(command),
-        "wall_s": time.monotonic() - start,
-        "exit_code": code,
-        "found": found,
-        "log": stderr[-6000:],
+        "command": f"python scripts/record_trials.py --only {case.name} --limit {limit_s:g}",
+        "found": None,
+        "error": None,
     }
-
-
-def summary(case: Case, line: dict[str, object]) -> str:
-    found = line["found"]
-    if not isinstance(found, dict):
-        return f"{case.name}: exit {line['exit_code']}\n{str(line['log'])[-2500:]}"
-    profile = found["profile"]
-    measured = profile["measured"]
-    plan = " + ".join(json.dumps(t) for t in profile["plan"])
-    return (
-        f"{case.name}: {measured['image_s']:.3f} s, {measured['peak_bytes'] / 2**30:.2f} GiB,"
-        f" {len(found['trials'])} trials, planned in {found['plan_s']:.0f} s: {plan}\n"
-        + str(line["log"])[-3500:]
+    try:
+        planned = find_plan(measurer, goal, effort, listener=Listener(print, show))
+    except AutofitError as error:
+        print(error, flush=True)
+        return line | {"error": str(error), "plan_s": time.monotonic() - start}
+    measured = planned.profile.measured
+    print(
+        f"-> {measured.image_s:.3f} s, {measured.peak_bytes / 2**30:.2f} GiB,"
+        f" {time.monotonic() - start:.0f} s to plan: {planned.profile.plan.label}",
+        flush=True,
     )
+    found = {
+        "profile": json.loads(report.profile_json(planned.profile)),
+        "trials": report.trials_json(planned.attempts),
+        "pipeline": plain(planned.subject.pipeline),
+        "device": plain(planned.subject.device),
+    }
+    return line | {"found": found, "plan_s": time.monotonic() - start}
+
+
+def show(event: Progress) -> None:
+    outcome = event.outcome
+    if isinstance(outcome, Measurement):
+        took = f"{outcome.image_s:.3f} s {outcome.peak_bytes / 2**30:.2f} GiB"
+        print(
+            f"{event.elapsed_s:6.1f} {took} w {outcome.warmup_s:.1f} {event.plan.label}", flush=True
+        )
+    elif outcome is not None:
+        reason = f"{outcome.why.value} {outcome.detail[:120]}"
+        print(f"{event.elapsed_s:6.1f} {event.plan.label}: {reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -389,9 +389,8 @@ class TestRun:
     def test_is_refused_before_the_model_is_loaded(
         self, changes: tuple[str, ...], message: str, planned: Ended, profile: Path
     ) -> None:
-        ended = autofit(
-            *given("run", profile), *changes
-        )  # of an option given twice the last counts
+        # of an option that is given twice the last counts
+        ended = autofit(*given("run", profile), *changes)
         assert ended.code == 2
         assert re.fullmatch(message, ended.complaint), ended.complaint
         assert len(ended.err.splitlines()) == 1

@@ -13,14 +13,17 @@ from typing import Any
 
 import diffusers
 import pytest
+import samples
 import torch
 from conftest import Pipes
 from snapshots import differences, snapshot
 
 from autofit import probe
+from autofit.probe import memory
 from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
 from autofit.techniques import KINDS
 from autofit.trial import InProcess, Job, Request, Worker
+from autofit.trial.cap import Outside
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
 
 RESIDENT = Plan((KINDS["resident"](),))
@@ -117,7 +120,7 @@ class TestInProcess:
     def test_compares_with_the_reference(self, measurer: InProcess, tmp_path: Path) -> None:
         image = tmp_path / "reference.npz"
         measurer.measure(Request(RESIDENT, SMALL, None, output=image))
-        asked = {"reference": image, "reference_label": "resident"}
+        asked = {"reference": image}
         same = measurer.measure(Request(RESIDENT, SMALL, None, **asked))
         half = measurer.measure(Request(HALF, SMALL, None, **asked))
         assert isinstance(same, Measurement)
@@ -164,7 +167,7 @@ class TestInProcess:
     def test_libraries_that_outgrow_the_cap_fail_a_whole_run_only(
         self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("autofit.trial.run.non_torch_bytes", lambda *_: 2**30)
+        monkeypatch.setattr(Outside, "held_bytes", lambda _: 2**30)
         short = measurer.measure(Request(RESIDENT, SMALL, 2**30))
         assert isinstance(short, Measurement)
         assert short.peak_bytes > short.non_torch_bytes == 2**30
@@ -207,6 +210,39 @@ class TestInProcess:
             outcome = measurer.measure(Request(RESIDENT, SMALL, None))
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.BAD_OUTPUT
+
+
+class TestOutside:
+    """What is ours on the card, by what NVML and the allocator are made to say."""
+
+    CARD = torch.device("cuda:0")
+
+    def held_bytes(
+        self, monkeypatch: pytest.MonkeyPatch, *, used: int, own: int | None, others: int
+    ) -> int:
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 100)
+        monkeypatch.setattr(memory, "used_bytes", lambda _: used)
+        monkeypatch.setattr(memory, "own_bytes", lambda _: own)
+        return Outside(self.CARD, others_bytes=others, least_bytes=50).held_bytes()
+
+    def test_is_what_is_used_less_others_and_the_allocator(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.held_bytes(monkeypatch, used=1000, own=None, others=700) == 200
+
+    def test_is_the_context_at_least_when_others_have_left(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.held_bytes(monkeypatch, used=180, own=None, others=700) == 50
+
+    def test_is_what_nvml_says_of_this_process_where_it_can(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.held_bytes(monkeypatch, used=9000, own=190, others=700) == 90
+        assert self.held_bytes(monkeypatch, used=1000, own=7, others=700) == 200  # another's number
+
+    def test_is_nothing_on_the_cpu(self) -> None:
+        assert Outside.of(CPU, samples.device(), None).held_bytes() == 0
 
 
 class TestWorker:

@@ -90,19 +90,20 @@ class World:
             for p in Phase
         }
         for phase in Phase:
-            if needs[phase] + CARD.context_bytes > self.budget_bytes:
-                needed = int(needs[phase]) + CARD.context_bytes
+            if needs[phase] + cost.outside_bytes(CARD) > self.budget_bytes:
+                needed = int(needs[phase]) + cost.outside_bytes(CARD)
                 return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", phase, needed)
         image_s = spent_s[Phase.ENCODE] + spent_s[Phase.DECODE]
         image_s += self.workload.steps * spent_s[Phase.STEP]
         return Measurement(
             image_s=image_s,
-            peak_bytes=int(max(needs.values())) + CARD.context_bytes,
+            peak_bytes=int(max(needs.values())) + cost.outside_bytes(CARD),
             encode_s=spent_s[Phase.ENCODE],
             step_s=(spent_s[Phase.STEP],) * 4,
             decode_s=spent_s[Phase.DECODE],
             warmup_s=0.0,
             phase_peak_bytes={p.value: int(needs[p]) for p in Phase},
+            non_torch_bytes=cost.outside_bytes(CARD),
         )
 
     def _bent(self, plan: Plan, phase: Phase, kind: str) -> float:

@@ -112,7 +112,7 @@ def versions(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     if device.type == "cuda":
-        found["torch"] = torch.__version__
+        found["torch"] = str(torch.__version__)  # a class of its own, which YAML does not know
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
         found["driver"] = memory.driver_version()

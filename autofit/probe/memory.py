@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,16 @@ def used_bytes(device: torch.device) -> int | None:
         return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     except pynvml.NVMLError:
         return None
+
+
+def own_bytes(device: torch.device) -> int | None:
+    """What this process holds on the card, where NVML sees it under the number it has here."""
+    try:
+        pynvml.nvmlInit()
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(_nvml_handle(device))
+    except pynvml.NVMLError:
+        return None
+    return next((p.usedGpuMemory for p in running if p.pid == os.getpid()), None)
 
 
 def driver_version() -> str:

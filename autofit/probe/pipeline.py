@@ -52,7 +52,7 @@ def facts(pipe: Any) -> Pipeline:
         sliceable_attention=hasattr(denoiser, "set_attention_slice"),
         vae_slices=hasattr(vae, "use_slicing"),
         vae_tiles=_tiling_family(vae),
-        vae_upcasts=bool(vae is not None and vae.config.get("force_upcast", False)),
+        vae_upcasts=_upcasts(pipe, vae),
         vae_channels=_vae_channels(vae),
     )
 
@@ -158,6 +158,13 @@ def _default_size(pipe: Any, denoiser: nn.Module, scale: int) -> tuple[int, int]
     )
     height, width = sample if isinstance(sample, tuple | list) else (sample, sample)
     return int(width) * scale, int(height) * scale
+
+
+def _upcasts(pipe: Any, vae: Any | None) -> bool:
+    """Whether a float16 VAE is decoded in float32: its configuration asks, but few pipelines read
+    that (``force_upcast`` is True unless said otherwise)."""
+    reads = "force_upcast" in inspect.getsource(type(pipe).__call__)
+    return reads and vae is not None and bool(vae.config.get("force_upcast", False))
 
 
 def _vae_channels(vae: Any | None) -> int:

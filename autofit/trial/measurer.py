@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-import torch
-
 from autofit import probe
 from autofit.probe import memory
 from autofit.spec import (
@@ -29,7 +27,7 @@ from autofit.spec import (
     Pipeline,
     Why,
 )
-from autofit.trial.cap import non_torch_bytes
+from autofit.trial.cap import Outside
 from autofit.trial.run import Request, measure
 
 START_S = 900.0  # to import, build or load the pipe and probe the device
@@ -63,30 +61,16 @@ class InProcess:
         self.device = probe.device_named(device)
         before_bytes = memory.before_context(self.device)  # the probe makes the context
         self.subject = Subject(probe.facts(pipe), probe.probe_device(device))
-        self._others_bytes = others_bytes(self.device, self.subject.device, before_bytes)
+        self._outside = Outside.of(self.device, self.subject.device, before_bytes)
 
     def measure(self, request: Request) -> Outcome:
-        return measure(self.pipe, request, self.device, self._others_bytes)
+        return measure(self.pipe, request, self._outside)
 
     def renew(self) -> None:
         pass
 
     def close(self) -> None:
         pass
-
-
-def others_bytes(device: torch.device, facts: Device, before_bytes: int | None) -> int:
-    """What other processes hold on the card.
-
-    ``before_bytes`` is what was in use before this process had its context. Where it had one
-    already, what its libraries hold counts as others'.
-    """
-    if device.type != "cuda":
-        return 0
-    if before_bytes is not None:
-        return before_bytes
-    torch.zeros(1, device=device)
-    return max(0, non_torch_bytes(device, 0) - facts.context_bytes)
 
 
 @dataclass(frozen=True)

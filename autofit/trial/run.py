@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from autofit import anatomy, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
-from autofit.trial.cap import capped, non_torch_bytes
+from autofit.trial.cap import Outside, capped
 from autofit.trial.meter import Meter, asked_bytes, tracked
 from autofit.trial.reference import Reference
 
@@ -48,25 +48,18 @@ class Request:
     full: bool = False
     output: Path | None = None  # where the image goes, to be another trial's reference
     reference: Path | None = None  # what to compare with: ``output`` of another trial
-    reference_label: str | None = None
 
 
 class _CannotWin(Exception):
     pass
 
 
-def measure(pipe: Any, request: Request, device: torch.device, others_bytes: int) -> Outcome:
-    """Run one trial. The pipe is found with its weights on the CPU, and left so.
-
-    ``others_bytes`` is what other processes hold on the card.
-    """
+def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
+    """Run one trial. The pipe is found with its weights on the CPU, and left so."""
     failure: Failure | None = None
-    trial = _Trial(pipe, request, device, others_bytes)
+    trial = _Trial(pipe, request, outside)
     try:
-        with (
-            capped(device, request.cap_bytes, request.set_aside_bytes, others_bytes),
-            torch.no_grad(),
-        ):
+        with capped(outside, request.cap_bytes, request.set_aside_bytes), torch.no_grad():
             outcome: Outcome = trial.run()
     except torch.OutOfMemoryError as error:
         failure = trial.out_of_memory(error)
@@ -78,7 +71,7 @@ def measure(pipe: Any, request: Request, device: torch.device, others_bytes: int
         else:
             failure = Failure(Why.ERROR, _one_line(error), trial.phase)
     # Out of the except block first: the traceback keeps the failed run's tensors alive.
-    release(device)
+    release(outside.device)
     return failure or outcome
 
 
@@ -146,11 +139,9 @@ class _Run:
 
 
 class _Trial:
-    def __init__(
-        self, pipe: Any, request: Request, device: torch.device, others_bytes: int
-    ) -> None:
-        self.pipe, self.request, self.device = pipe, request, device
-        self.others_bytes = others_bytes
+    def __init__(self, pipe: Any, request: Request, outside: Outside) -> None:
+        self.pipe, self.request, self.outside = pipe, request, outside
+        self.device = outside.device
         self.meters: list[Meter] = []
         self.reference = Reference.load(request.reference)
 
@@ -231,13 +222,14 @@ class _Trial:
         pixels = np.asarray(run.images)
         if not np.isfinite(pixels).all() or pixels.std() == 0.0:
             return Failure(Why.BAD_OUTPUT, "the image is not finite, or one flat colour")
-        peak_bytes = max(m.reserved_bytes for m in self.meters) + self._non_torch_bytes()
+        peak_bytes = max(m.reserved_bytes for m in self.meters) + self.outside.held_bytes()
         if request.full and request.cap_bytes is not None and peak_bytes > request.cap_bytes:
             detail = "what is not torch's grew beyond what was set aside for it"
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (pixels * 255).round().astype(np.uint8)
         if request.output is not None:
-            Reference(image, run.steps).save(request.output)
+            self.reference = Reference(image, run.steps, request.plan.label)
+            self.reference.save(request.output)
         psnr_db = self.reference.psnr_db(image) if self.reference else None
         return Measurement(
             image_s=image_s,
@@ -247,25 +239,22 @@ class _Trial:
             decode_s=meter.decode_s,
             warmup_s=warmup_s,
             phase_peak_bytes=self._phase_peaks(),
-            non_torch_bytes=self._non_torch_bytes(),
+            non_torch_bytes=self.outside.held_bytes(),
             steps_run=len(meter.step_s),
             runs_s=runs_s,
             verified=bool(runs_s),
             psnr_db=psnr_db,
-            reference=None if psnr_db is None else request.reference_label,
+            reference=self.reference.plan if self.reference and psnr_db is not None else None,
         )
 
     def _phase_peaks(self) -> dict[str, int]:
         """The highest of all runs, the warm-up's included: that one must fit too."""
         return {p.value: max(m.phase_bytes.get(p.value, 0) for m in self.meters) for p in Phase}
 
-    def _non_torch_bytes(self) -> int:
-        return non_torch_bytes(self.device, self.others_bytes)
-
     def out_of_memory(self, error: BaseException) -> Failure:
         needed = asked_bytes(error)
         if self.device.type == "cuda":  # the phase's highest: the plan is undone by now
-            needed += torch.cuda.max_memory_allocated(self.device) + self._non_torch_bytes()
+            needed += torch.cuda.max_memory_allocated(self.device) + self.outside.held_bytes()
         return Failure(Why.OUT_OF_MEMORY, _one_line(error), self.phase, needed or None)
 
 

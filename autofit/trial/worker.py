@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 from autofit import architectures, probe
 from autofit.probe import memory
 from autofit.spec import BadInput
-from autofit.trial.measurer import Job, Subject, others_bytes
+from autofit.trial.cap import Outside
+from autofit.trial.measurer import Job, Subject
 from autofit.trial.run import Request, measure
 
 
@@ -29,7 +30,7 @@ def serve(connection: Connection) -> None:
     except BadInput as error:
         connection.send(str(error))
         return
-    others = others_bytes(torch_device, device, before_bytes)
+    outside = Outside.of(torch_device, device, before_bytes)
     connection.send(subject)
     while True:
         try:
@@ -37,7 +38,7 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         assert isinstance(request, Request)
-        connection.send(measure(pipe, request, torch_device, others))
+        connection.send(measure(pipe, request, outside))
 
 
 def _die_with_parent(life: int) -> None:
