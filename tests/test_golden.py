@@ -34,7 +34,7 @@ OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Measurement | Failure)
 # What arithmetic alone, before any trial, may err by on these. Attention grows with the square of
 # the tokens, which the arithmetic leaves out: at 3840x2224 that is a factor of ten.
 PEAK_ERROR, TIME_FACTOR = 0.25, 12.0
-# Trials of one plan differ by this: model offload copies 5 GiB from pageable memory of a shared host.
+# Trials of one plan differ by this: model offload copies 5 GiB of pageable memory on a shared host.
 NOISE = 0.2
 
 
