@@ -6,4 +6,6 @@ ruff check .
 ruff format --check .
 mypy
 python scripts/make_profiles.py --check
-python -m pytest -q -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile
+# Two processes of one thread each: on two cores, two of two spend their time waiting for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest -q -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile --durations 12
