@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autofit import store
+from autofit.plain import from_yaml, to_yaml
 from autofit.spec import BadInput, Environment, Fidelity, Measurement, Plan, Profile, Slot, Workload
 from autofit.techniques import CANDIDATES, KINDS
 
@@ -83,6 +84,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_profile_comes_back_exactly(tmp_path: Path, profile: Profile) -> None:
     store.save(profile, tmp_path / "profile.yaml")
     assert store.load(tmp_path / "profile.yaml") == profile
+
+
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "\ufeffx", "a\r\nb", "x: y", "\t"])
+def test_text_of_any_kind_comes_back_exactly(text: str) -> None:
+    assert from_yaml(to_yaml({"text": text, "list": [text]})) == {"text": text, "list": [text]}
 
 
 @pytest.mark.parametrize("technique", CANDIDATES, ids=lambda t: t.label)
