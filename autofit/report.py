@@ -27,7 +27,7 @@ from autofit.spec import (
     Why,
     Workload,
 )
-from autofit.units import GIB, format_bytes, format_seconds
+from autofit.units import format_bytes, format_seconds
 
 CAPS = {
     "emulated": "budget emulated: the allocator was capped, the card is larger",
@@ -48,7 +48,10 @@ def profile_lines(profile: Profile) -> str:
     rows = [
         ("pipeline", f"{profile.pipeline}, {_shape(profile.workload)}"),
         *zip(["plan"] + [""] * (len(techniques) - 1), techniques, strict=True),
-        ("peak", f"{_size(measured.peak_bytes)} of {_size(budget_bytes)} ({share:.0%})"),
+        (
+            "peak",
+            f"{format_bytes(measured.peak_bytes)} of {format_bytes(budget_bytes)} ({share:.0%})",
+        ),
         ("time", _time(measured, profile.workload)),
         ("warm-up", format_seconds(measured.warmup_s)),
         ("output", _output(profile.plan, measured)),
@@ -69,10 +72,6 @@ def _shape(workload: Workload) -> str:
     if workload.passes > 1:
         parts.append("with guidance")
     return ", ".join(parts)
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 100 else format_bytes(size_bytes)
 
 
 def _time(measured: Measurement, workload: Workload) -> str:
@@ -103,7 +102,7 @@ def _how(measured: Measurement) -> str:
 
 def _where(on: Environment) -> str:
     capability = f", capability {on.capability[0]}.{on.capability[1]}" if on.capability else ""
-    return f"{on.device}, {_size(on.total_bytes)}{capability}"
+    return f"{on.device}, {format_bytes(on.total_bytes)}{capability}"
 
 
 def _compact(technique: Technique) -> str:
@@ -122,7 +121,7 @@ def trials_table(attempts: Sequence[Attempt], best: Plan | None, budget_bytes: i
 
     The seconds are those of a whole generation. Trials keep the number of their turn.
     """
-    table = Table(title=f"{len(attempts)} trials within {_size(budget_bytes)}")
+    table = Table(title=f"{len(attempts)} trials within {format_bytes(budget_bytes)}")
     for name in ("#", "plan", "seconds", "peak", "PSNR", "result"):
         words = name in ("plan", "result")
         table.add_column(name, justify="left" if words else "right", no_wrap=not words)
@@ -163,7 +162,7 @@ def _figures(attempt: Attempt) -> tuple[str, str, str]:
         fidelity = "exact" if attempt.plan.fidelity is Fidelity.EXACT else ""
     else:
         fidelity = "exact" if math.isinf(psnr) else f"{psnr:.1f} dB"
-    return format_seconds(outcome.image_s), _size(outcome.peak_bytes), fidelity
+    return format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes), fidelity
 
 
 def _result(attempt: Attempt, winner: Attempt | None, budget_bytes: int) -> str:
@@ -171,7 +170,7 @@ def _result(attempt: Attempt, winner: Attempt | None, budget_bytes: int) -> str:
     if isinstance(outcome, Failure):
         return _failure(outcome)
     if outcome.peak_bytes > budget_bytes:
-        return f"over the budget by {_size(outcome.peak_bytes - budget_bytes)}"
+        return f"over the budget by {format_bytes(outcome.peak_bytes - budget_bytes)}"
     if winner is None or not isinstance(winner.outcome, Measurement):
         return ""
     if attempt is winner or attempt.plan == winner.plan:
@@ -187,7 +186,7 @@ def _failure(failure: Failure) -> str:
     if failure.phase is not None:
         text += f" in {failure.phase.value}"
     if failure.needed_bytes is not None:
-        text += f", needed {_size(failure.needed_bytes)}"
+        text += f", needed {format_bytes(failure.needed_bytes)}"
     first = failure.detail.strip().partition("\n")[0]
     return f"{text}: {first}" if first and failure.why in DETAILED else text
 
@@ -204,13 +203,13 @@ def device_table(device: Device) -> Table:
 
 
 def _device_rows(device: Device) -> list[tuple[str, str]]:
-    rows = [("kind", device.kind), ("memory", _size(device.total_bytes))]
+    rows = [("kind", device.kind), ("memory", format_bytes(device.total_bytes))]
     if device.capability is not None:
         rows.append(("capability", "{}.{}".format(*device.capability)))
     if device.context_bytes:
-        rows.append(("taken by the context", _size(device.context_bytes)))
+        rows.append(("taken by the context", format_bytes(device.context_bytes)))
     rows.append(("memory bandwidth", _rate(device.memory_bytes_s)))
-    rows.append(("host memory limit", _size(device.host_limit_bytes)))
+    rows.append(("host memory limit", format_bytes(device.host_limit_bytes)))
     if device.kind == "cuda":
         rows.append(("from pinned host memory", _rate(device.pinned_bytes_s)))
         rows.append(("from pageable host memory", _rate(device.pageable_bytes_s)))
@@ -221,7 +220,7 @@ def _device_rows(device: Device) -> list[tuple[str, str]]:
 
 
 def _rate(bytes_s: float) -> str:
-    return f"{_size(round(bytes_s))}/s"
+    return f"{format_bytes(round(bytes_s))}/s"
 
 
 def _kernels(device: Device) -> dict[str, str]:
@@ -280,7 +279,9 @@ def why_lines(why: Mapping[str, Any]) -> str:
     for trial in why["trials"]:
         measured, failure = trial["measured"], trial["failure"]
         if measured is not None:
-            result = f"{format_seconds(measured['image_s'])}, {_size(measured['peak_bytes'])}"
+            result = (
+                f"{format_seconds(measured['image_s'])}, {format_bytes(measured['peak_bytes'])}"
+            )
         else:
             result = failure["why"]
         lines.append(f"  {trial['label']}: {result}")
