@@ -51,12 +51,22 @@ def image(name: str, *, fresh: bool = False) -> Path:
 
 
 def _journal(path: Path) -> Any:
+    _drop_cut_line(path)
     try:
-        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            raise ValueError("its last line was cut")  # Optuna would append to it
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     except ValueError as error:
         raise BadInput(f"study {path} is damaged ({error}): start anew with --fresh") from error
+
+
+def _drop_cut_line(path: Path) -> None:
+    """A process killed while it wrote leaves half a line, which Optuna would append to. The lines
+    before it are whole: a trial in flight is all that is lost."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(whole)
+        partial.replace(path)
 
 
 def _database(url: str, name: str, fresh: bool) -> Any:
