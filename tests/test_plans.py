@@ -1,0 +1,65 @@
+"""Techniques together: any legal plan can be applied, used and undone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Pipes
+from snapshots import differences, snapshot
+
+from autofit import probe, techniques
+from autofit.spec import BadInput, Device, Pipeline, Plan, Slot, Technique, Workload
+from autofit.techniques import CANDIDATES
+from autofit.trial import generate
+
+WORKLOAD = Workload(64, 64, 2, batch=2, passes=2)
+PLANS = 12  # a pipeline
+# Compiling to C++ takes half a minute a plan here; the contract suite applies it to every pipeline.
+LEFT_OUT = ("regional_compile",)
+
+
+def random_plan(draw: random.Random, pipeline: Pipeline, device: Device) -> Plan | None:
+    """A plan of anything that can be applied, pointless or not; None where it clashes."""
+    chosen: list[Technique] = []
+    for slot in Slot:
+        options: list[Technique | None] = [
+            t for t in CANDIDATES if t.slot is slot and t.name not in LEFT_OUT
+        ]
+        technique = draw.choice(options if slot is Slot.PLACEMENT else [*options, None, None])
+        chosen += [technique] if technique else []
+    try:
+        plan = Plan(tuple(chosen))
+    except BadInput:
+        return None
+    return plan if techniques.why_not(plan, pipeline, device, WORKLOAD) is None else None
+
+
+@pytest.fixture(scope="session")
+def plans(model: str, pipes: Pipes, device: str) -> list[Plan]:
+    draw = random.Random(f"plans of {model}")
+    pipeline, probed = probe.facts(pipes[model]), probe.probe_device(device)
+    found: list[Plan] = []
+    while len(found) < PLANS:
+        plan = random_plan(draw, pipeline, probed)
+        found += [plan] if plan and plan not in found else []
+    return found
+
+
+def test_any_legal_plan_is_applied_used_and_undone(
+    model: str, pipes: Pipes, device: str, plans: list[Plan]
+) -> None:
+    pipe: Any = pipes[model]
+    for plan in plans:
+        addresses = plan.placement.name != "model_offload"  # its weights come back copied
+        before = snapshot(pipe, memory=addresses)
+        with techniques.applied(plan, pipe, device), torch.no_grad():
+            images = np.asarray(generate(pipe, WORKLOAD, 2))
+            again = np.asarray(generate(pipe, WORKLOAD, 2))
+        assert images.shape == (2, 64, 64, 3), plan.label
+        assert np.isfinite(images).all(), plan.label
+        assert np.allclose(images, again, atol=0.02), plan.label
+        assert differences(before, snapshot(pipe, memory=addresses)) == [], plan.label
