@@ -14,7 +14,6 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autofit import architectures, report, session, store
-from autofit.plain import plain
 from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
 from autofit.probe import device_named, probe_device
 from autofit.search import Progress
@@ -62,15 +61,10 @@ def _show_planned(
     console.print(report.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
     console.print(f"{len(planned.attempts)} trials, planned in {format_seconds(took_s)}")
     if as_json:
-        found = {
-            "profile": json.loads(report.profile_json(profile)),
-            "path": str(path),
-            "plan_s": took_s,
-            "trials": report.trials_json(planned.attempts),
-            "pipeline": plain(planned.subject.pipeline),
-            "device": plain(planned.subject.device),
-        }
-        print(json.dumps(found, indent=2))
+        found = report.study_json(
+            profile, planned.attempts, planned.subject.pipeline, planned.subject.device
+        )
+        print(json.dumps(found | {"path": str(path), "plan_s": took_s}, indent=2))
     else:
         print(report.profile_lines(profile))
         print(f"profile   {path}")
@@ -95,7 +89,7 @@ def run(
 ) -> None:
     profile = store.load(profile_path)
     session.check_image(output)
-    probe_device(device or session.default_device())  # before the model is loaded
+    device_named(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
     with session.apply(pipe, profile=profile, device=device):
         start = time.perf_counter()

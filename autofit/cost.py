@@ -22,23 +22,23 @@ from autofit.spec import (
     Workload,
 )
 
-# Feature maps of hidden_size channels alive at once in a denoiser: SD 1.5 at 3840x2224 needs
-# 5.9 GiB beside its weights, FLUX at 1024x1024 about 0.9 GiB (H200, measured); both come to 32.
+# Feature maps of hidden_size channels alive at once in a denoiser, on the safe side: in the trials
+# of tests/golden SD 1.5 at 3840x2224 holds 26 (4.1 GiB), SDXL at 1024x1024 holds 18 (0.35 GiB).
 STEP_TENSORS = 32
-# Feature maps of the decoder's channels at full resolution: SD 1.5's VAE needs 20.4 GiB beside the
-# weights at 3840x2224 in half precision, 128 channels; that is 10.
+# Feature maps of the decoder's channels at full resolution: in tests/golden SDXL's VAE, whole and
+# in float32, holds 4.8 GiB beside its weights at 1024x1024 with 128 channels; that is 9.6.
 DECODE_TENSORS = 10
 # A text encoder's activations are small beside its weights: T5-XXL, 512 tokens.
 ENCODE_SHARE = 0.03
 # Reserved over live bytes of activations, by the caching allocator's rounding and fragments:
-# 1.17 to 1.45 on an H200 (sd15 and sdxl, 512 to 3840 pixels). Weights hardly add.
+# 1.17 (sd15 at 3840x2224) to 1.45 (sdxl, leaf by leaf) in tests/golden. Weights hardly add.
 FRAGMENTATION = 1.3
-# What cuBLAS, cuDNN and the kernels' own code hold beside the context: 0.09 to 0.16 GiB on an H200.
+# What cuBLAS, cuDNN and the kernels' own code hold beside the context: 0.08 to 0.17 GiB on an H200.
 LIBRARIES_BYTES = 130_000_000
 # Of the matrix rate that a large product reaches, what a whole model does.
 EFFICIENCY = 0.6
-# A hook that moves one group of weights: SDXL's UNet takes 0.22 s a step with leaf-level offload
-# and a stream on an H200, where compute takes 0.06 and the bus 0.09; it has some 800 leaves.
+# A hook that moves one group of weights: in tests/golden SDXL's UNet takes 0.22 s a step with
+# leaf-level offload and a stream, where compute takes 0.06 and the bus 0.09; it has 1,050 leaves.
 HOOK_S = 2e-4
 TOKENS = 256  # of a prompt, between CLIP's 77 and T5's 512
 # A UNet's parameters mostly work below full resolution: SD 1.5 does 0.8 of 7 TFLOP, SDXL 11 of 84.

@@ -10,7 +10,7 @@ from typing import Literal
 
 from autofit import architectures, studies, techniques
 from autofit.budgeted import Trials
-from autofit.sampler import Task, ranking
+from autofit.sampler import Task, is_fault, ranking
 from autofit.search import Found, Limits, Progress, search
 from autofit.spec import (
     Attempt,
@@ -178,7 +178,7 @@ def _check_found(task: Task, found: Found, trials: Trials) -> None:
         raise Interrupted(RESUMES, found.attempts, best)
     if ranked:
         return
-    if all(_fault(a) for a in found.attempts) and found.attempts:
+    if all(is_fault(a.outcome) for a in found.attempts) and found.attempts:
         last = found.attempts[-1].outcome
         assert isinstance(last, Failure)
         raise AutofitError(f"every trial failed; the last one: {last.detail}")
@@ -194,10 +194,6 @@ def _check_found(task: Task, found: Found, trials: Trials) -> None:
         f" {format_bytes(smallest)}: try --budget {enough}MB",
         smallest,
     )
-
-
-def _fault(attempt: Attempt) -> bool:
-    return isinstance(attempt.outcome, Failure) and attempt.outcome.why.is_fault
 
 
 def _budget_bytes(budget: str | int) -> int:

@@ -21,6 +21,7 @@ from autofit.spec import (
     Fidelity,
     Measurement,
     Outcome,
+    Pipeline,
     Plan,
     Profile,
     Technique,
@@ -259,6 +260,18 @@ def trials_json(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
         }
         for number, attempt in enumerate(attempts, 1)
     ]
+
+
+def study_json(
+    profile: Profile, attempts: Sequence[Attempt], pipeline: Pipeline, device: Device
+) -> dict[str, Any]:
+    """Lay out a finished study: its profile, all trials, and the facts it was planned from."""
+    return {
+        "profile": json.loads(profile_json(profile)),
+        "trials": trials_json(attempts),
+        "pipeline": plain(pipeline),
+        "device": plain(device),
+    }
 
 
 def device_json(device: Device) -> str:

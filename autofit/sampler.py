@@ -159,7 +159,7 @@ class PlanSampler(BaseSampler):
         """Before anything was measured within the budget: the fastest that should fit and is plain,
         else the leanest."""
         hopeless = len(self.attempts) >= HOPELESS
-        if hopeless and all(_is_fault(a.outcome) for a in self.attempts):
+        if hopeless and all(is_fault(a.outcome) for a in self.attempts):
             return None  # it is not the plans that are at fault
         for mask in (fits & self._choices.plain(), fits):
             if mask.any():
@@ -197,7 +197,8 @@ class PlanSampler(BaseSampler):
         raise NotImplementedError("every parameter is sampled with the others")
 
 
-def _is_fault(outcome: Outcome) -> bool:
+def is_fault(outcome: Outcome) -> bool:
+    """Whether an outcome says nothing about memory or time."""
     return isinstance(outcome, Failure) and outcome.why.is_fault
 
 
@@ -219,7 +220,7 @@ class _Choices:
 
     def learn(self, number: int, outcome: Outcome) -> None:
         new = (self.used[number] == 1) & (self._unseen == 1)
-        if _is_fault(outcome):
+        if is_fault(outcome):
             if new.sum() == 1:  # all else in it was seen to work
                 self._bad[new] = 1
             return

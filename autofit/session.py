@@ -14,7 +14,7 @@ from PIL import Image
 
 from autofit import anatomy, probe, report, store, techniques
 from autofit.planner import Effort, Goal, Planned, fidelity_named, find_plan, workload_for
-from autofit.spec import BadInput, Profile, Workload
+from autofit.spec import BadInput, Pipeline, Profile, Workload
 from autofit.trial import InProcess, Job, Measurer, Worker, release
 from autofit.trial import generate as run_pipe
 
@@ -81,11 +81,11 @@ def apply(
     if (budget is None) == (profile is None):
         raise BadInput('apply needs one of budget="8GB" and profile="file.yaml"')
     _check_untouched(pipe)
-    target = device or default_device()
+    target, pipeline = device or default_device(), probe.facts(pipe)
     if profile is None:
         assert budget is not None
         goal = Goal(budget, size, batch, steps, fidelity=fidelity)
-        profile = _stored(pipe, goal, target)
+        profile = _stored(pipeline, goal, target)
         if profile is None:
             with measuring(pipe, target) as measurer:
                 planned = find_plan(measurer, goal, effort)
@@ -93,8 +93,8 @@ def apply(
             profile = planned.profile
     elif not isinstance(profile, Profile):
         profile = store.load(profile)
-    _check_same(pipe, profile)
-    _check_possible(pipe, profile, target)
+    _check_same(pipeline, profile)
+    _check_possible(pipeline, profile, target)
     return Applied(pipe, profile, target)
 
 
@@ -180,8 +180,7 @@ def save_images(images: list[Any], path: Path) -> list[Path]:
     return paths
 
 
-def _stored(pipe: Any, goal: Goal, device: str) -> Profile | None:
-    pipeline = probe.facts(pipe)
+def _stored(pipeline: Pipeline, goal: Goal, device: str) -> Profile | None:
     workload = workload_for(pipeline, goal)
     return store.find(
         pipeline.fingerprint,
@@ -228,22 +227,22 @@ def _check_untouched(pipe: Any) -> None:
             raise BadInput(f"{name}.{part} is group-offloaded already: load the pipe anew")
 
 
-def _check_same(pipe: Any, profile: Profile) -> None:
-    if profile.pipeline != type(pipe).__name__:
+def _check_same(pipeline: Pipeline, profile: Profile) -> None:
+    if profile.pipeline != pipeline.cls:
         raise BadInput(
-            f"the profile is for {profile.pipeline}, this pipe is a {type(pipe).__name__}: plan for"
+            f"the profile is for {profile.pipeline}, this pipe is a {pipeline.cls}: plan for"
             " it with autofit plan"
         )
-    if profile.fingerprint != probe.fingerprint(pipe):
+    if profile.fingerprint != pipeline.fingerprint:
         raise BadInput(
             f"the profile is for another {profile.pipeline} (configuration, dtypes or adapters"
             " differ): plan for this one with autofit plan"
         )
 
 
-def _check_possible(pipe: Any, profile: Profile, device: str) -> None:
+def _check_possible(pipeline: Pipeline, profile: Profile, device: str) -> None:
     """A profile made on one machine may ask for what another has not."""
-    facts = probe.facts(pipe), probe.probe_device(device), profile.workload
+    facts = pipeline, probe.probe_device(device), profile.workload
     reason = techniques.why_not(profile.plan, *facts)
     if reason is not None:
         raise BadInput(f"the profile's plan cannot run on {device} ({reason}): plan for it here")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from autofit import report, session
-from autofit.plain import plain
 from autofit.planner import Effort, Goal, Listener, find_plan
 from autofit.search import Progress
 from autofit.spec import AutofitError, Measurement
@@ -80,9 +79,10 @@ def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
     effort = Effort(timeout_s=limit_s, fresh=True)
     print(f"== {case.name}", flush=True)
     start = time.monotonic()
+    asked = f"--only {case.name} --limit {limit_s:g}"
     line: dict[str, Any] = {
         "case": asdict(case),
-        "command": f"python scripts/record_trials.py --only {case.name} --limit {limit_s:g}",
+        "command": f"python scripts/record_trials.py --out DIR {asked}",
         "found": None,
         "error": None,
     }
@@ -97,12 +97,8 @@ def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
         f" {time.monotonic() - start:.0f} s to plan: {planned.profile.plan.label}",
         flush=True,
     )
-    found = {
-        "profile": json.loads(report.profile_json(planned.profile)),
-        "trials": report.trials_json(planned.attempts),
-        "pipeline": plain(planned.subject.pipeline),
-        "device": plain(planned.subject.device),
-    }
+    subject = planned.subject
+    found = report.study_json(planned.profile, planned.attempts, subject.pipeline, subject.device)
     return line | {"found": found, "plan_s": time.monotonic() - start}
 
 

@@ -59,7 +59,11 @@ def facts(pipe: Any) -> Pipeline:
 
 def batches_guidance(pipe: Any) -> bool:
     """Whether both guidance passes run as one batch. Pipelines do not say; their source does."""
-    return "[latents] * 2" in inspect.getsource(type(pipe).__call__)
+    return _call_says(pipe, "[latents] * 2")
+
+
+def _call_says(pipe: Any, text: str) -> bool:
+    return text in inspect.getsource(type(pipe).__call__)
 
 
 def fingerprint(pipe: Any) -> str:
@@ -163,8 +167,8 @@ def _default_size(pipe: Any, denoiser: nn.Module, scale: int) -> tuple[int, int]
 def _upcasts(pipe: Any, vae: Any | None) -> bool:
     """Whether a float16 VAE is decoded in float32: its configuration asks, but few pipelines read
     that (``force_upcast`` is True unless said otherwise)."""
-    reads = "force_upcast" in inspect.getsource(type(pipe).__call__)
-    return reads and vae is not None and bool(vae.config.get("force_upcast", False))
+    asks = vae is not None and bool(vae.config.get("force_upcast", False))
+    return asks and _call_says(pipe, "force_upcast")
 
 
 def _vae_channels(vae: Any | None) -> int:
