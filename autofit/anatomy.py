@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,12 +73,17 @@ def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def weights_held(module: nn.Module) -> Iterator[None]:
+def weights_held(module: nn.Module, without: Set[int] = frozenset()) -> Iterator[None]:
     """Whatever happens to the weights inside, the same tensors are back in their places on exit.
 
     Holds the tensors found, so what moves or casts inside costs a copy; nothing is copied back.
+    ``without`` are those to leave alone, by ``id``.
     """
-    found = [(owner, name, tensor, tensor.data) for owner, name, tensor in tensors(module)]
+    found = [
+        (owner, name, tensor, tensor.data)
+        for owner, name, tensor in tensors(module)
+        if id(tensor) not in without
+    ]
     try:
         yield
     finally:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from autofit import cost
-from autofit.sampler import Task, ranking
+from autofit.rooms import STEP
+from autofit.sampler import Task, ran_out, ranking
 from autofit.search import Found
 from autofit.spec import (
     Attempt,
@@ -48,16 +49,13 @@ class Trials:
             assert isinstance(attempt.outcome, Measurement)
             if ranking([*verified, attempt], self.task)[0] in verified:
                 break
-            outcome = self._measure(attempt.plan, full=True)
-            if isinstance(outcome, Failure):  # perhaps of what earlier trials left in the process
-                self.measurer.renew()
-                outcome = self._measure(attempt.plan, full=True)
+            plan, outcome = self._whole(attempt.plan)
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 continue
             seen = attempt.outcome
             outcome = dataclasses.replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
-            verified.append(Attempt(attempt.plan, outcome))
+            verified.append(Attempt(plan, outcome))
         if not verified:
             raise NothingFits(
                 f"the best plans passed their trials but not the whole run: {failures[-1].detail};"
@@ -65,6 +63,18 @@ class Trials:
                 None,
             )
         return ranking(verified, self.task)[0]
+
+    def _whole(self, plan: Plan) -> tuple[Plan, Outcome]:
+        """Measure a plan in full, and once more where it fails: in a fresh process, and where
+        memory was short with fewer weights on the device, if its placement allows that."""
+        outcome = self._measure(plan, full=True)
+        if isinstance(outcome, Measurement):
+            return plan, outcome
+        self.measurer.renew()  # perhaps it failed of what earlier trials left in the process
+        if ran_out(outcome):
+            less_bytes = int(STEP * self.task.budget_bytes)
+            plan = cost.narrowed(plan, self.task.pipeline, less_bytes) or plan
+        return plan, self._measure(plan, full=True)
 
     def smallest_bytes(self, plans: Sequence[Plan]) -> int | None:
         """The least peak of these plans, measured without a cap."""
@@ -94,8 +104,12 @@ class Trials:
         at all possible."""
         task = self.task
         rows, fastest_s = [], math.inf
+        facts = task.pipeline, task.device, task.workload
         for plan in task.plans:
-            predicted = cost.predict(plan, task.pipeline, task.device, task.workload)
+            completed = cost.fitted(plan, *facts, task.budget_bytes)
+            if completed is None:
+                continue
+            predicted = cost.predict(completed, *facts)
             if predicted.peak_bytes <= task.budget_bytes:
                 fastest_s = min(fastest_s, predicted.image_s)
                 key = (plan.fidelity.rank, len(plan.techniques), predicted.image_s)

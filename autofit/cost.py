@@ -15,6 +15,7 @@ from autofit.spec import (
     Effect,
     Phase,
     Pipeline,
+    Placement,
     Plan,
     Prediction,
     Role,
@@ -40,6 +41,8 @@ EFFICIENCY = 0.6
 # A hook that moves one group of weights: in tests/golden SDXL's UNet takes 0.22 s a step with
 # leaf-level offload and a stream, where compute takes 0.06 and the bus 0.09; it has 1,050 leaves.
 HOOK_S = 2e-4
+# Of the budget, what an open plan leaves free: the allocator's rounding differs from call to call.
+MARGIN = 0.01
 TOKENS = 256  # of a prompt, between CLIP's 77 and T5's 512
 # A UNet's parameters mostly work below full resolution: SD 1.5 does 0.8 of 7 TFLOP, SDXL 11 of 84.
 UNET_SHARE = 0.12
@@ -72,6 +75,44 @@ def outside_bytes(device: Device) -> int:
     return device.context_bytes + LIBRARIES_BYTES if device.kind == "cuda" else 0
 
 
+# ---------------------------------------------------------------- plans that the budget completes
+
+
+def fitted(
+    plan: Plan, pipeline: Pipeline, device: Device, workload: Workload, budget_bytes: int
+) -> Plan | None:
+    """Complete an open plan for a budget; None where it cannot do with so little."""
+    if not plan.placement.is_open:
+        return plan
+    facts = plan.facts(pipeline)
+    least_bytes = predict(plan, pipeline, device, workload).peak_bytes
+    beside_bytes = least_bytes - held_bytes(plan.placement, facts)
+    room_bytes = int(budget_bytes * (1 - MARGIN)) - beside_bytes
+    placement = plan.placement.fitted(facts, room_bytes)
+    return None if placement is None else placed(plan, placement)
+
+
+def held_bytes(placement: Placement, facts: Pipeline) -> int:
+    """Weights on the device in every phase; a cast for one phase comes on top."""
+    return min(placement.resident_bytes(facts, phase) for phase in Phase)
+
+
+def narrowed(plan: Plan, pipeline: Pipeline, less_bytes: int) -> Plan | None:
+    """The plan with fewer weights on the device; None where its placement cannot do with fewer."""
+    facts = plan.facts(pipeline)
+    placement = plan.placement.fitted(facts, held_bytes(plan.placement, facts) - less_bytes)
+    if placement is None or placement == plan.placement:
+        return None
+    return placed(plan, placement)
+
+
+def placed(plan: Plan, placement: Placement) -> Plan:
+    return Plan((*plan.techniques[:-1], placement))
+
+
+# ---------------------------------------------------------------- phase by phase
+
+
 def weight_bytes(plan: Plan, facts: Pipeline, phase: Phase) -> int:
     return plan.placement.resident_bytes(facts, phase)
 
@@ -90,17 +131,25 @@ def activation_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Pha
 
 
 def seconds(plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase) -> float:
-    effect = _effect(plan, facts, workload, phase)
-    compute_s = _work(facts, workload, phase) * effect.seconds / _rate(facts, device, phase)
-    return with_traffic(compute_s, plan.placement.traffic(facts, phase), device)
-
-
-def with_traffic(compute_s: float, traffic: Traffic, device: Device) -> float:
     """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
-    transfer_s = traffic.pinned_bytes / device.pinned_bytes_s
-    transfer_s += (traffic.pageable_bytes + traffic.back_bytes) / device.pageable_bytes_s
-    compute_s += traffic.hooks * HOOK_S
-    return max(compute_s, transfer_s) if traffic.overlaps else compute_s + transfer_s
+    busy_s = compute_s(plan, facts, device, workload, phase)
+    traffic = plan.placement.traffic(facts, phase)
+    moving_s = transfer_s(traffic, device)
+    return max(busy_s, moving_s) if traffic.overlaps else busy_s + moving_s
+
+
+def compute_s(
+    plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase
+) -> float:
+    """One phase without its transfers; the hooks that start these count, Python runs them."""
+    effect = _effect(plan, facts, workload, phase)
+    busy_s = _work(facts, workload, phase) * effect.seconds / _rate(facts, device, phase)
+    return busy_s + plan.placement.traffic(facts, phase).hooks * HOOK_S
+
+
+def transfer_s(traffic: Traffic, device: Device) -> float:
+    pageable_bytes = traffic.pageable_bytes + traffic.back_bytes
+    return traffic.pinned_bytes / device.pinned_bytes_s + pageable_bytes / device.pageable_bytes_s
 
 
 def _effect(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> Effect:

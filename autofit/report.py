@@ -45,7 +45,7 @@ def profile_lines(profile: Profile) -> str:
     """Say what a profile does, what it costs and where that was measured, a fact a line."""
     measured, budget_bytes = profile.measured, profile.budget_bytes
     share = measured.peak_bytes / budget_bytes
-    techniques = [t.label for t in profile.plan.techniques]
+    techniques = [_text(t, t.settings) for t in profile.plan.techniques]
     rows = [
         ("pipeline", f"{profile.pipeline}, {_shape(profile.workload)}"),
         *zip(["plan"] + [""] * (len(techniques) - 1), techniques, strict=True),
@@ -109,8 +109,17 @@ def _where(on: Environment) -> str:
 def _compact(technique: Technique) -> str:
     """The technique with the settings that are not its defaults."""
     changed = {f.name for f in fields(technique) if getattr(technique, f.name) != f.default}
-    settings = {k: v for k, v in technique.settings.items() if k in changed}
-    text = ", ".join(k if v is True else f"{k}={v}" for k, v in settings.items())
+    return _text(technique, {k: v for k, v in technique.settings.items() if k in changed})
+
+
+def _text(technique: Technique, settings: Mapping[str, Any]) -> str:
+    """The label with sizes in units: ``streamed(weights=7.20 GiB)``."""
+    shown = (
+        (k.removesuffix("_bytes"), format_bytes(v) if k.endswith("_bytes") else v)
+        for k, v in settings.items()
+        if v is not None and v is not False
+    )
+    text = ", ".join(k if v is True else f"{k}={v}" for k, v in shown)
     return f"{technique.name}({text})" if text else technique.name
 
 

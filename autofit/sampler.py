@@ -8,7 +8,7 @@ technique states, until no untried plan is predicted to win.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 from pydantic import TypeAdapter
 
+from autofit import cost
 from autofit.spec import (
     Attempt,
     Device,
@@ -25,6 +26,7 @@ from autofit.spec import (
     Measurement,
     Outcome,
     Pipeline,
+    Placement,
     Plan,
     Slot,
     Why,
@@ -37,13 +39,13 @@ FAR = (
     1.25  # a plan that would be faster by BIG_GAIN is tried up to here: no memory is found out fast
 )
 BIG_GAIN = 0.8
-BOLD_FAILURES = 12  # trials without memory, after which no more such plans are tried
+BOLD_FAILURES = 4  # trials without memory, after which no more such plans are tried
 MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
-HOPE = 0.25  # by how much a choice never seen may beat its prediction
 MAX_NEW = 1  # changes at a time: what changed is then what made the difference
 NEAR = 1.08  # within this of the budget a plan is tried: predictions err by more
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
 LEANEST = 3
+LEAN = 1.1  # times the least that any plan needs
 NEARLY_AS_FAST = 1.015  # among plans this close in time, the more faithful and leaner is better
 # What the first trial may contain: the rest is tried one by one on top of it.
 _FIRST = (Slot.PRECISION, Slot.DECODE, Slot.PLACEMENT)
@@ -100,7 +102,11 @@ class PlanSampler(BaseSampler):
         self.tried: set[int] = set()
         self.next: Plan | None = None
         self._numbers = {plan: number for number, plan in enumerate(task.plans)}
-        self._surrogate = Surrogate(task.plans, task.pipeline, task.device, task.workload)
+        self._surrogate = Surrogate(
+            task.plans, task.pipeline, task.device, task.workload, task.budget_bytes
+        )
+        self._open = np.zeros(len(task.plans), dtype=bool)
+        self._open[self._surrogate.open_numbers()] = True
         self._choices = _Choices(task.plans)
         self._tie_break = np.array(
             [(p.fidelity.rank * 100 + len(p.techniques)) for p in task.plans]
@@ -111,7 +117,25 @@ class PlanSampler(BaseSampler):
         }
 
     def number(self, plan: Plan) -> int:
+        """Of a legal plan, or of one that was completed from it."""
         return self._numbers[plan]
+
+    def is_due(self, plan: Plan) -> bool:
+        """Whether a legal plan was not tried, or ran out of memory and may do with less."""
+        number = self.number(plan)
+        outcomes = [a.outcome for a in self.attempts if self._numbers[a.plan] == number]
+        return not outcomes or (ran_out(outcomes[-1]) and number in self._surrogate.again())
+
+    def completed(self, plan: Plan) -> Plan:
+        """The plan with what is open in it set from the budget, by all that is known now."""
+        number = self.number(plan)
+        placement = self._surrogate.placement(number)
+        return plan if placement is None else self._with(number, placement)
+
+    def _with(self, number: int, placement: Placement) -> Plan:
+        plan = cost.placed(self.task.plans[number], placement)
+        self._numbers[plan] = number
+        return plan
 
     def recall(self, trials: Sequence[FrozenTrial]) -> None:
         """Learn what earlier runs of the study measured; plans that are legal no more are left."""
@@ -119,6 +143,10 @@ class PlanSampler(BaseSampler):
         for trial in trials:
             plan = by_parameters.get(tuple(trial.params.get(s.value, "") for s in Slot))
             if plan is not None and "outcome" in trial.user_attrs:
+                # Studies from before there were open placements do not have it.
+                settings = trial.user_attrs.get("placement", {})
+                placement = replace(plan.placement, **settings)
+                plan = self._with(self.number(plan), placement)
                 self.learn(plan, _OUTCOME.validate_python(trial.user_attrs["outcome"]))
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
@@ -127,20 +155,25 @@ class PlanSampler(BaseSampler):
         number = self.number(plan)
         self.tried.add(number)
         self.attempts.append(Attempt(plan, outcome))
-        self._choices.learn(number, outcome)
-        self._surrogate.learn(number, outcome, self.task.budget_bytes, best_s)
+        if not (self._open[number] and ran_out(outcome)):  # with fewer weights it may run
+            self._choices.learn(number, outcome)
+        self._surrogate.learn(number, plan, outcome, best_s)
 
     def propose(self) -> Plan | None:
         """The next plan worth a trial, or None when nothing untried is predicted to win."""
+        number = self._proposed()
+        return None if number is None else self.completed(self.task.plans[number])
+
+    def _proposed(self) -> int | None:
         untried = np.ones(len(self.task.plans), dtype=bool)
         untried[list(self.tried)] = False
+        untried[self._surrogate.again()] = True
         untried &= ~(self._choices.banned() | self._surrogate.impossible())
         peak_bytes, budget_bytes = self._surrogate.peak_bytes(), self.task.budget_bytes
-        fits = untried & (peak_bytes <= budget_bytes * NEAR)
+        fits = untried & (peak_bytes <= budget_bytes * np.where(self._open, FAR, NEAR))
         best = best_attempt(self.attempts, self.task)
         if best is not None and isinstance(best.outcome, Measurement):
-            novelty = self._choices.novelty()
-            seconds = self._surrogate.image_s() * np.where(novelty > 0, 1 - HOPE, 1.0)
+            seconds = self._surrogate.image_s(hopeful=self._choices.novelty() > 0)
             seconds += self._choices.setup_s() / self.task.images
             goal_s = self.task.objective_s(best.outcome) * (1 - MIN_GAIN)
             apart = untried & self._choices.one_change()
@@ -152,32 +185,33 @@ class PlanSampler(BaseSampler):
         return self._until_one_fits(untried, fits)
 
     def _ran_out(self) -> int:
-        outcomes = [a.outcome for a in self.attempts if isinstance(a.outcome, Failure)]
-        return sum(outcome.why is Why.OUT_OF_MEMORY for outcome in outcomes)
+        return sum(ran_out(a.outcome) for a in self.attempts)
 
-    def _until_one_fits(self, untried: Any, fits: Any) -> Plan | None:
+    def _until_one_fits(self, untried: Any, fits: Any) -> int | None:
         """Before anything was measured within the budget: the fastest that should fit and is plain,
-        else the leanest."""
+        else of the leanest the fastest."""
         hopeless = len(self.attempts) >= HOPELESS
         if hopeless and all(is_fault(a.outcome) for a in self.attempts):
             return None  # it is not the plans that are at fault
         for mask in (fits & self._choices.plain(), fits):
             if mask.any():
                 return self._pick(mask, self._surrogate.image_s())
-        if hopeless:
+        if hopeless or not untried.any():
             return None
-        return self._pick(untried, self._surrogate.peak_bytes())
+        peak_bytes = self._surrogate.peak_bytes()
+        lean = untried & (peak_bytes <= LEAN * peak_bytes[untried].min())
+        return self._pick(lean, self._surrogate.image_s())
 
     def leanest(self) -> tuple[Plan, ...]:
-        order = np.argsort(self._surrogate.peak_bytes(), kind="stable")[:LEANEST]
+        order = np.argsort(self._surrogate.least_bytes(), kind="stable")[:LEANEST]
         return tuple(self.task.plans[number] for number in order)
 
-    def _pick(self, mask: Any, value: Any) -> Plan | None:
+    def _pick(self, mask: Any, value: Any) -> int | None:
         candidates: Any = np.flatnonzero(mask)
         if not len(candidates):
             return None
         order = np.lexsort((self._tie_break[candidates], np.round(value[candidates], 9)))
-        return self.task.plans[int(candidates[order[0]])]
+        return int(candidates[order[0]])
 
     # Optuna's side of it
 
@@ -191,7 +225,7 @@ class PlanSampler(BaseSampler):
     ) -> dict[str, Any]:
         plan = self.next or self.propose() or self.task.plans[0]
         self.next = None
-        return parameters(plan)
+        return parameters(self.task.plans[self.number(plan)])
 
     def sample_independent(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("every parameter is sampled with the others")
@@ -200,6 +234,10 @@ class PlanSampler(BaseSampler):
 def is_fault(outcome: Outcome) -> bool:
     """Whether an outcome says nothing about memory or time."""
     return isinstance(outcome, Failure) and outcome.why.is_fault
+
+
+def ran_out(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and outcome.why in (Why.OUT_OF_MEMORY, Why.OVER_BUDGET)
 
 
 class _Choices:

@@ -1,7 +1,8 @@
 """The study: which plan to try next, and when to stop. Optuna keeps it; no torch, no pipeline.
 
-One categorical a slot; only legal plans are ever proposed, none twice. The peak is a constraint,
-seconds an image the objective. The sampler (``sampler.py``) chooses what to try.
+One categorical a slot; only legal plans are ever proposed, none twice, but an open one also with
+other weights on the device. The peak is a constraint, seconds an image the objective. The sampler
+(``sampler.py``) chooses what to try.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def search(
         best, elapsed_s = best_attempt(sampler.attempts, task), time.monotonic() - start
         on_progress(Progress(number, plan, outcome, best, elapsed_s, limits))
 
-    queue = [plan for plan in first if sampler.number(plan) not in sampler.tried]
     for _ in range(limits.trials):
-        plan = queue.pop(0) if queue else sampler.propose()
+        due = next(filter(sampler.is_due, first), None)
+        plan = sampler.completed(due) if due else sampler.propose()
         if plan is None or time.monotonic() - start > limits.timeout_s:
             break
         trial = _ask(study, sampler, plan)
@@ -88,7 +89,7 @@ def search(
         except KeyboardInterrupt:
             study.tell(trial, state=TrialState.FAIL)
             return Found(tuple(sampler.attempts), sampler.leanest(), interrupted=True)
-        _tell(study, trial, task, outcome)
+        _tell(study, trial, task, Attempt(plan, outcome))
         sampler.learn(plan, outcome)
         notify(trial.number, plan, outcome)
     return Found(tuple(sampler.attempts), sampler.leanest())
@@ -114,7 +115,10 @@ def _ask(study: optuna.Study, sampler: PlanSampler, plan: Plan) -> optuna.Trial:
     return study.ask(dict(sampler.distributions))
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, task: Task, outcome: Outcome) -> None:
+def _tell(study: optuna.Study, trial: optuna.Trial, task: Task, attempt: Attempt) -> None:
+    outcome = attempt.outcome
+    # The categorical of an open placement does not say what was set in it.
+    trial.set_user_attr("placement", plain(attempt.plan.placement.settings))
     trial.set_user_attr("outcome", plain(outcome))
     if isinstance(outcome, Measurement):
         trial.set_constraint("peak_bytes", outcome.peak_bytes - task.budget_bytes)

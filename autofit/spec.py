@@ -300,6 +300,15 @@ class Placement(Technique):
     slot: ClassVar[Slot] = Slot.PLACEMENT
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a setting waits for the budget: ``fitted`` sets it."""
+        return False
+
+    def fitted(self, pipeline: Pipeline, room_bytes: int) -> Placement | None:
+        """This, set to use ``room_bytes`` for weights; None where it cannot do with so few."""
+        return self
+
     @abstractmethod
     def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
         """The most weight bytes on the device in this phase."""

@@ -3,13 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import samples
-from worlds import CARD, LARGE, SDXL, gib
+from worlds import CARD, LARGE, SDXL, STREAMED, gib
 
 from autofit.budgeted import Trials
+from autofit.rooms import STEP
 from autofit.sampler import Task
 from autofit.search import Found
-from autofit.spec import Attempt, Fidelity, Measurement, Outcome
+from autofit.spec import Attempt, Failure, Fidelity, Measurement, Outcome, Phase, Plan, Why
 from autofit.techniques.space import legal_plans
 from autofit.trial import Request, Subject
 
@@ -26,13 +28,14 @@ class Scripted:
 
     def __init__(self, *outcomes: Outcome) -> None:
         self.outcomes, self.requests = list(outcomes), list[Request]()
+        self.renewed = 0
 
     def measure(self, request: Request) -> Outcome:
         self.requests.append(request)
         return self.outcomes.pop(0)
 
     def renew(self) -> None:
-        raise AssertionError("nothing failed")
+        self.renewed += 1
 
     def close(self) -> None:
         raise AssertionError("not the trials' to close")
@@ -64,6 +67,7 @@ def test_the_faithful_plan_stays_the_best_when_verified(tmp_path: Path) -> None:
     found = Found((Attempt(EXACT, took(1.0)), Attempt(LOSSY, took(0.99))), ())
     measurer = Scripted(took(1.0))
     assert trials(measurer, tmp_path).verify(found).plan is EXACT
+    assert measurer.renewed == 0
 
 
 def test_one_that_disappoints_is_left_for_the_next(tmp_path: Path) -> None:
@@ -71,3 +75,37 @@ def test_one_that_disappoints_is_left_for_the_next(tmp_path: Path) -> None:
     measurer = Scripted(took(1.2), took(1.1))
     best = trials(measurer, tmp_path).verify(found)
     assert (best.plan, len(measurer.requests)) == (LOSSY, 2)
+
+
+NO_MEMORY = Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.DECODE)
+CRASH = Failure(Why.CRASH, "worker ended by SIGSEGV")
+WIDE = Plan((replace(STREAMED, weights_bytes=gib(4)),))
+
+
+@pytest.mark.parametrize(
+    ("plan", "failure", "weights_bytes"),
+    [(WIDE, NO_MEMORY, gib(4) - int(STEP * BUDGET)), (WIDE, CRASH, gib(4)), (EXACT, NO_MEMORY, 0)],
+)
+def test_one_that_fails_runs_once_more_with_fewer_weights_where_it_can(
+    plan: Plan, failure: Failure, weights_bytes: int, tmp_path: Path
+) -> None:
+    found = Found((Attempt(plan, took(1.0)), Attempt(LOSSY, took(1.1))), ())
+    measurer = Scripted(failure, took(1.0))
+    best = trials(measurer, tmp_path).verify(found)
+    assert (len(measurer.requests), measurer.renewed) == (2, 1)
+    assert best.plan == measurer.requests[-1].plan
+    assert best.plan.placement.settings.get("weights_bytes", 0) == weights_bytes
+
+
+def test_one_that_fails_with_fewer_weights_too_is_left_for_the_next(tmp_path: Path) -> None:
+    found = Found((Attempt(WIDE, took(1.0)), Attempt(LOSSY, took(1.1))), ())
+    measurer = Scripted(NO_MEMORY, NO_MEMORY, took(1.1))
+    assert trials(measurer, tmp_path).verify(found).plan is LOSSY
+
+
+def test_the_reference_streams_as_the_budget_allows_where_nothing_resident_fits(
+    tmp_path: Path,
+) -> None:
+    assert [p.label for p in trials(Scripted(), tmp_path).first] == ["streamed"]
+    task = Task(PLANS, SDXL, CARD, LARGE, gib(24))
+    assert [p.label for p in Trials(Scripted(), task, tmp_path).first] == ["resident"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -57,9 +58,8 @@ def _without_code_generation() -> Any:
     if torch.cuda.is_available():
         yield
         return
-    compile_module = nn.Module.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Module, "compile", lambda m, **k: compile_module(m, **k, backend="eager"))
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         yield
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from autofit.techniques import pinning
-from autofit.techniques.pinning import SMALLEST_BYTES, host_registered
+from autofit import host, pinning
+from autofit.pinning import SMALLEST_BYTES, host_registered
 
 
 class _Runtime:
@@ -47,6 +47,16 @@ def test_large_storages_are_registered_once_and_released(monkeypatch: pytest.Mon
         pointers = {modules[n].weight.data_ptr() for n in "ab"}
         assert set(runtime.locked) == pointers
         assert all(size == 2 * SMALLEST_BYTES for size in runtime.locked.values())
+    assert runtime.locked == {}
+
+
+def test_what_the_host_has_no_room_for_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, modules = _Runtime(), _weights()
+    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(host, "limit_bytes", lambda: 4 * SMALLEST_BYTES)
+    with host_registered([modules["b"], modules], "cpu"):
+        assert set(runtime.locked) == {modules["b"].weight.data_ptr()}
     assert runtime.locked == {}
 
 

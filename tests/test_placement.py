@@ -99,6 +99,8 @@ def test_weights_come_back_in_the_same_memory(
 ) -> None:
     if placement == ModelOffload():
         pytest.skip("its copies back to the host replace the weights' memory")
+    if device != "cpu" and placement.name == "streamed":
+        pytest.skip("it lays small weights side by side")
     if device == "cpu" and getattr(placement, "stream", False):
         pytest.skip("streams need CUDA")
     pipe = pipes[model]

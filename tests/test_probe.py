@@ -15,10 +15,9 @@ import torch
 from conftest import TINY, Pipes
 from diffusers import DiffusionPipeline
 
-from autofit import probe
+from autofit import host, probe
 from autofit.architectures import ARCHITECTURES, build
 from autofit.probe import device as probe_of_device
-from autofit.probe import memory
 from autofit.spec import BadInput, BlockList, Pipeline, Role
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +202,7 @@ class TestDevice:
     def test_of_this_machine(self) -> None:
         found = probe.probe_device("cpu")
         assert (found.kind, found.capability, found.context_bytes) == ("cpu", None, 0)
-        assert found.total_bytes == found.host_limit_bytes == memory.host_limit_bytes()
+        assert found.total_bytes == found.host_limit_bytes == host.limit_bytes()
         assert set(found.flops_s) == {"float16", "bfloat16", "float32"}
         assert min(found.memory_bytes_s, *found.flops_s.values()) > 0
         assert found.answers("math", "float32", (16, 32))
@@ -242,5 +241,5 @@ class TestDevice:
     ) -> None:
         for name, text in files.items():
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "v2", tmp_path / "v1"))
-        assert memory.host_limit_bytes() == (limit_bytes or psutil.virtual_memory().total)
+        monkeypatch.setattr(host, "CGROUP_LIMITS", (tmp_path / "v2", tmp_path / "v1"))
+        assert host.limit_bytes() == (limit_bytes or psutil.virtual_memory().total)

@@ -13,6 +13,7 @@ from rich.table import Table
 from autofit import report
 from autofit.plain import document
 from autofit.spec import Attempt, Environment, Failure, Outcome, Phase, Plan, Why, Workload
+from autofit.techniques import KINDS
 
 BUDGET = 4 * samples.GIB
 OUT_OF_MEMORY = Failure(Why.OUT_OF_MEMORY, "CUDA out of memory", Phase.DECODE, 9_771_050_598)
@@ -100,6 +101,18 @@ def test_a_profile_says_what_it_does_and_costs() -> None:
 )
 def test_a_profile_says_what_is_special(changes: dict[str, Any], line: str) -> None:
     assert line in report.profile_lines(samples.profile(**changes)).splitlines()
+
+
+def test_sizes_in_a_plan_are_shown_in_units() -> None:
+    plan = Plan((KINDS["streamed"](7_730_941_133),))
+    assert plan.label == "streamed(weights_bytes=7730941133)"
+    lines = report.profile_lines(samples.profile(plan=plan)).splitlines()
+    assert lines[1] == "plan      streamed(weights=7.20 GiB)"
+    assert rows([Attempt(plan, samples.measurement())])[0][1] == "streamed(weights=7.20 GiB)"
+    (trial,) = report.trials_json([Attempt(plan, samples.measurement())])
+    assert trial["plan"] == [
+        {"technique": "streamed", "weights_bytes": 7_730_941_133, "unit_bytes": None}
+    ]
 
 
 # ---------------------------------------------------------------- trials

@@ -1,12 +1,15 @@
 """A model and a card that exist on paper, with a truth that the planner has to find out.
 
 The truth starts from the cost model's arithmetic and bends it: each choice has its own factor,
-drawn from a seed, on the seconds and on the activations of the phases that it touches.
+drawn from a seed, on the compute and on the activations of the phases that it touches. The bus is
+as fast as it is: a phase that overlaps takes its compute or its transfers, whichever is longer.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import dataclass
 from functools import cache
 
 from samples import GIB, device
@@ -23,9 +26,13 @@ from autofit.spec import (
     Pipeline,
     Plan,
     Role,
+    Slot,
     Why,
     Workload,
 )
+from autofit.techniques.streamed import Streamed
+
+STREAMED = Streamed()
 
 KERNELS = tuple(
     Kernel(name, dtype, size)
@@ -64,13 +71,61 @@ SDXL = Pipeline(
     vae_tiles="attributes",
 )  # fmt: skip
 LARGE = Workload(1024, 1024, 30, passes=2)
+FLUX = Pipeline(
+    cls="FluxPipeline",
+    components=(
+        Component("vae", "AutoencoderKL", Role.VAE, "bfloat16", 168_000_000, 4_700_000,
+                  convolutional=True),
+        Component("text_encoder", "CLIPTextModel", Role.ENCODER, "bfloat16", 246_000_000,
+                  75_900_000),
+        Component("text_encoder_2", "T5EncoderModel", Role.ENCODER, "bfloat16", 9_790_000_000,
+                  263_000_000),
+        Component("transformer", "FluxTransformer2DModel", Role.DENOISER, "bfloat16",
+                  23_800_000_000, 113_000_000,
+                  (BlockList("transformer_blocks", 19, 680_000_000, 12_910_000_000),
+                   BlockList("single_transformer_blocks", 38, 283_000_000, 10_760_000_000))),
+    ),
+    fingerprint="1" * 64,
+    default_width=1024,
+    default_height=1024,
+    size_multiple_px=16,
+    token_px=16,
+    hidden_size=3072,
+    head_sizes=(128,),
+    default_steps=28,
+    default_passes=1,
+    batched_guidance=False,
+    offload_sequence=("text_encoder", "text_encoder_2", "transformer", "vae"),
+    repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    vae_slices=True,
+    vae_tiles="attributes",
+)  # fmt: skip
+FLUX_LARGE = Workload(1024, 1024, 28)
+
+
+@dataclass(frozen=True)
+class Bent:
+    """By how much a whole world differs from the arithmetic."""
+
+    activations: float = 1.0
+    compute: float = 1.0
+    bus: float = 1.0  # the rate that transfers reach, of the probed one
+    reserved: float = 1.0  # bytes that the allocator holds for a live byte of activations
 
 
 class World:
     """Measures plans by its own truth. ``calls`` counts them."""
 
-    def __init__(self, budget_bytes: int, seed: int = 0, workload: Workload = LARGE) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        seed: int = 0,
+        workload: Workload = LARGE,
+        pipeline: Pipeline = SDXL,
+        bent: Bent = Bent(),
+    ) -> None:
         self.budget_bytes, self.seed, self.workload = budget_bytes, seed, workload
+        self.pipeline, self.bent = pipeline, bent
         self.calls: list[Plan] = []
 
     def measure(self, plan: Plan, give_up_s: float | None) -> Outcome:
@@ -80,42 +135,74 @@ class World:
             return Failure(Why.TOO_SLOW, "its steps show that it cannot win", Phase.STEP)
         return outcome
 
+    def best(self, plan: Plan) -> Outcome:
+        """What a plan comes to when, if it is open, its weights fill the budget."""
+        if not plan.placement.is_open:
+            return self.truth(plan)
+        facts = plan.facts(self.pipeline)
+        _, reserved = self._needs(plan)
+        beside_bytes = max(reserved.values()) - cost.held_bytes(plan.placement, facts)
+        room_bytes = self.budget_bytes - cost.outside_bytes(CARD) - math.ceil(beside_bytes)
+        placement = plan.placement.fitted(facts, room_bytes)
+        return self.truth(plan if placement is None else cost.placed(plan, placement))
+
     def truth(self, plan: Plan) -> Outcome:
-        predicted = cost.predict(plan, SDXL, CARD, self.workload)
-        spent_s = {p: predicted.phase_s[p] * self._bent(plan, p, "s") for p in Phase}
-        facts = plan.facts(SDXL)
-        needs = {
-            p: cost.weight_bytes(plan, facts, p)
-            + cost.activation_bytes(plan, facts, self.workload, p) * self._bent(plan, p, "b")
-            for p in Phase
-        }
+        live, reserved = self._needs(plan)
+        outside_bytes = cost.outside_bytes(CARD)
         for phase in Phase:
-            if needs[phase] + cost.outside_bytes(CARD) > self.budget_bytes:
-                needed = int(needs[phase]) + cost.outside_bytes(CARD)
-                return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", phase, needed)
+            needed_bytes = int(reserved[phase]) + outside_bytes
+            if needed_bytes > self.budget_bytes:
+                return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", phase, needed_bytes)
+        spent_s = {p: self._seconds(plan, p) for p in Phase}
         image_s = spent_s[Phase.ENCODE] + spent_s[Phase.DECODE]
         image_s += self.workload.steps * spent_s[Phase.STEP]
         return Measurement(
             image_s=image_s,
-            peak_bytes=int(max(needs.values())) + cost.outside_bytes(CARD),
+            peak_bytes=int(max(reserved.values())) + outside_bytes,
             encode_s=spent_s[Phase.ENCODE],
             step_s=(spent_s[Phase.STEP],) * 4,
             decode_s=spent_s[Phase.DECODE],
             warmup_s=0.0,
-            phase_peak_bytes={p.value: int(needs[p]) for p in Phase},
-            non_torch_bytes=cost.outside_bytes(CARD),
+            phase_peak_bytes={p.value: int(live[p]) for p in Phase},
+            non_torch_bytes=outside_bytes,
         )
 
-    def _bent(self, plan: Plan, phase: Phase, kind: str) -> float:
-        factor = _factor(self.seed, "all", phase.value, kind)
-        for technique in plan.techniques:
-            if phase in technique.effects(SDXL, self.workload) or technique is plan.placement:
-                factor *= _factor(self.seed, technique.label, phase.value, kind)
+    def _needs(self, plan: Plan) -> tuple[dict[Phase, float], dict[Phase, float]]:
+        """Live and reserved bytes by phase."""
+        facts = plan.facts(self.pipeline)
+        live, reserved = {}, {}
+        for phase in Phase:
+            weight_bytes = cost.weight_bytes(plan, facts, phase)
+            activations = cost.activation_bytes(plan, facts, self.workload, phase)
+            bent = activations * self.bent.activations * self._factor(plan, phase, "b")
+            live[phase] = weight_bytes + bent
+            reserved[phase] = weight_bytes + bent * self.bent.reserved
+        return live, reserved
+
+    def _seconds(self, plan: Plan, phase: Phase) -> float:
+        facts, factor = plan.facts(self.pipeline), self._factor(plan, phase, "s")
+        busy_s = cost.compute_s(plan, facts, CARD, self.workload, phase)
+        busy_s *= factor * self.bent.compute
+        traffic = plan.placement.traffic(facts, phase)
+        moving_s = cost.transfer_s(traffic, CARD) / self.bent.bus
+        return max(busy_s, moving_s) if traffic.overlaps else busy_s + factor * moving_s
+
+    def _factor(self, plan: Plan, phase: Phase, kind: str) -> float:
+        factor = _drawn(self.seed, "all", phase.value, kind)
+        for technique in opened(plan).techniques:
+            touched = phase in technique.effects(self.pipeline, self.workload)
+            if touched or technique.slot is Slot.PLACEMENT:
+                factor *= _drawn(self.seed, technique.label, phase.value, kind)
         return factor
 
 
+def opened(plan: Plan) -> Plan:
+    """As it stands among the legal plans: without what the budget set."""
+    return cost.placed(plan, STREAMED) if plan.placement.name == STREAMED.name else plan
+
+
 @cache
-def _factor(seed: int, *names: str) -> float:
+def _drawn(seed: int, *names: str) -> float:
     return random.Random(f"{seed} {names}").uniform(0.8, 1.25)
 
 

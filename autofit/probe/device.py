@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autofit import host
 from autofit.probe import memory
 from autofit.spec import BadInput, Device, Kernel
 from autofit.units import MIB
@@ -90,7 +91,7 @@ def _measure(device: torch.device, before_bytes: int | None) -> Device:
         total_bytes=memory.total_bytes(device),
         capability=torch.cuda.get_device_capability(device) if cuda else None,
         context_bytes=context_bytes,
-        host_limit_bytes=memory.host_limit_bytes(),
+        host_limit_bytes=host.limit_bytes(),
         pinned_bytes_s=pinned_s,
         pageable_bytes_s=pageable_s,
         memory_bytes_s=copied_s,

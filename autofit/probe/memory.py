@@ -1,4 +1,4 @@
-"""Who holds how many bytes: the card by NVML and by torch, the host by psutil and cgroup."""
+"""Who holds how many bytes of the card, by NVML and by torch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,21 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
-import psutil
 import pynvml
 import torch
+
+from autofit import host
 
 # Where neither NVML nor a fresh context can tell: an H200 with CUDA 13.0 holds 0.514 GiB before the
 # first tensor (measured), smaller cards less.
 CONTEXT_BYTES = 560_000_000
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-
-
-def host_limit_bytes() -> int:
-    """Host memory that this process may use: the machine's, or the cgroup's limit where lower."""
-    limits = [psutil.virtual_memory().total]
-    for path in CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # no such cgroup version, or "max"
-            limits.append(int(path.read_text()))
-    return min(limits)
 
 
 def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return host_limit_bytes()
+    return host.limit_bytes()
 
 
 def used_bytes(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ from autofit.techniques.guidance import GUIDANCES
 from autofit.techniques.memory_format import FORMATS
 from autofit.techniques.placement import PLACEMENTS
 from autofit.techniques.precision import PRECISIONS
+from autofit.techniques.streamed import STREAMED
 
 # In the order of the slots.
 CANDIDATES: tuple[Technique, ...] = (
@@ -28,6 +29,7 @@ CANDIDATES: tuple[Technique, ...] = (
     *GUIDANCES,
     *PLACEMENTS,
     *GROUP_OFFLOADS,
+    *STREAMED,
 )
 
 KINDS: Mapping[str, type[Technique]] = {t.name: type(t) for t in CANDIDATES}
@@ -52,6 +54,11 @@ CLASHES: tuple[Clash, ...] = (
         "regional_compile",
         "divides_denoiser",
         "the hooks that move the layers break the compiled graph",
+    ),
+    Clash(
+        "traced",
+        "hooks_layers",
+        "the trace bypasses the hooks that wait for the layers' weights",
     ),
     Clash(
         "two_passes",

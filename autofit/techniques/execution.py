@@ -147,6 +147,9 @@ def _without_trace_warnings() -> Iterator[None]:
 class RegionalCompile(Technique):
     """Compile the denoiser's repeated blocks with ``torch.compile``: one compilation a block class.
 
+    Unlike diffusers' ``compile_repeated_blocks`` it compiles what a block's forward does, not the
+    hooks around it: those that stream weights may stand there.
+
     Raises:
         BadInput: a mode that torch.compile does not know.
     """
@@ -174,16 +177,15 @@ class RegionalCompile(Technique):
         denoiser: Any = anatomy.denoiser(pipe)
         with ExitStack() as stack:
             stack.enter_context(_tensor_attributes_held(denoiser))
-            for module in denoiser.modules():
-                if type(module).__name__ in denoiser._repeated_blocks:
-                    found = module._compiled_call_impl
-                    stack.enter_context(anatomy.attribute(module, "_compiled_call_impl", found))
             # Compiled code stays with the blocks' classes, where the next plan would meet it. There
             # is no public reset of a part; what the caller compiled is compiled anew when next
             # called, which costs time and changes no result.
             stack.callback(torch.compiler.reset)
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
-            denoiser.compile_repeated_blocks(fullgraph=True, mode=self.mode)
+            for module in denoiser.modules():
+                if type(module).__name__ in denoiser._repeated_blocks:
+                    forward = torch.compile(module.forward, fullgraph=True, mode=self.mode)
+                    stack.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
 

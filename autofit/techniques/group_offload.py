@@ -12,6 +12,7 @@ from diffusers.hooks.group_offloading import apply_group_offloading
 from torch import nn
 
 from autofit import anatomy
+from autofit.pinning import host_registered
 from autofit.spec import (
     BadInput,
     Component,
@@ -25,7 +26,6 @@ from autofit.spec import (
     Workload,
 )
 from autofit.techniques import hooks
-from autofit.techniques.pinning import host_registered
 from autofit.techniques.placement import NOWHERE, ROLES, as_run, runs, total_bytes
 
 

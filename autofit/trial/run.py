@@ -24,7 +24,7 @@ from autofit.trial.reference import Reference
 
 PROMPT = "a lighthouse on a rocky coast at dusk, waves, photograph"
 SEED = 0
-WARMUP_STEPS = 2  # the first learns the order of streams, traces and compiles; the second is steady
+WARMUP_STEPS = 3  # the first is recorded or traced, the second compiles, the third is steady, timed
 TRIAL_STEPS = (6, 20)  # the first carries transfers; more of the later ones while they take under
 TRIAL_S = 1.0  # this long together: steps bound by launches on the CPU are noisy
 _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofit import anatomy
+from autofit import anatomy, host
 from autofit.units import MIB
 
 SMALLEST_BYTES = MIB  # below it a registration costs more than the pinned copy
@@ -17,17 +17,20 @@ SMALLEST_BYTES = MIB  # below it a registration costs more than the pinned copy
 
 @contextmanager
 def host_registered(modules: Iterable[nn.Module], device: str) -> Iterator[None]:
-    """Page-lock the CPU storages of these modules in place, for transfers to a CUDA device.
+    """Page-lock the CPU storages of these modules in place, for transfers to a CUDA device: the
+    first ones first, as much as the host's memory allows.
 
     Inside, ``is_pinned()`` is true of their tensors, so ``pin_memory()`` returns them and copies
     nothing: a tenth of the time, and no second copy on the host. A storage that CUDA refuses
     (a read-only mapping) stays as it is.
     """
     locked: list[int] = []
+    left_bytes = host.pinnable_bytes(host.limit_bytes())
     try:
         for storage in _storages(modules):
-            if _register(storage, device):
+            if storage.nbytes() <= left_bytes and _register(storage, device):
                 locked.append(storage.data_ptr())
+                left_bytes -= storage.nbytes()
         yield
     finally:
         if locked:

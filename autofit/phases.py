@@ -1,0 +1,132 @@
+"""The phases of all plans, each distinct one once, with what was measured of them.
+
+Per phase, the logarithm of measured over predicted seconds (and activation bytes) is fitted by
+ridge regression on the choices; a phase measured just so is taken as measured. Everything is kept
+per distinct phase, not per plan: tens of thousands of plans are predicted in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autofit import cost
+from autofit.spec import Device, Phase, Pipeline, Plan, Technique, Workload
+
+Floats = npt.NDArray[np.float64]
+RIDGE = 0.05  # weak: one clean observation nearly settles a choice
+ACTIVATION_FLOOR = 2**20  # live tensors are measured to allocator blocks; below is noise
+
+
+class PhaseTable:
+    """All distinct ways in which the plans run one phase."""
+
+    def __init__(self, plans: Sequence[Plan], facts: Sequence[Pipeline], device: Device,
+                 workload: Workload, phase: Phase) -> None:  # fmt: skip
+        rows: dict[tuple[Technique, ...], int] = {}
+        first: list[int] = []
+        self.index = np.empty(len(plans), dtype=np.int64)
+        for number, plan in enumerate(plans):
+            key = tuple(
+                t for t in plan.techniques
+                if t is plan.placement or phase in t.effects(facts[number], workload)
+            )  # fmt: skip
+            if key not in rows:
+                first.append(number)
+            self.index[number] = rows.setdefault(key, len(rows))
+        self.features = _features(list(rows))
+        self.refused = np.zeros(len(rows), dtype=bool)  # ran out of memory in just this phase
+        at = [(plans[n], facts[n]) for n in first]
+        self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
+        times = [
+            (cost.compute_s if p.placement.is_open else cost.seconds)(p, f, device, workload, phase)
+            for p, f in at
+        ]
+        self.seconds = Corrected(np.array(times), self.features)
+        traffics = [p.placement.traffic(f, phase) for p, f in at]
+        self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
+        self.activations = Corrected(
+            np.array([cost.activation_bytes(p, f, workload, phase) for p, f in at], dtype=float)
+            + ACTIVATION_FLOOR,
+            self.features,
+        )
+
+    def live_bytes(self, fragmentation: Floats | float) -> Floats:
+        """Of every plan."""
+        activations: Floats = self.activations.values()[self.index]
+        return self.weight_bytes[self.index] + fragmentation * activations
+
+
+class Corrected:
+    """A predicted quantity for every row, corrected by what some rows measured."""
+
+    def __init__(self, prior: Floats, features: Floats) -> None:
+        self.prior, self.features = np.maximum(prior, 1e-9), features
+        self._seen: dict[int, list[float]] = defaultdict(list)
+        self._bounds: set[int] = set()  # rows of which only a bound is known
+        self.at_most = np.zeros(len(prior), dtype=bool)  # those that may well be less
+        self._values: Floats | None = None
+
+    def learn(self, row: int, value: float) -> None:
+        if row in self._bounds:
+            self._bounds.discard(row)
+            self._seen[row].clear()
+            self.at_most[row] = False
+        self._seen[row].append(math.log(max(value, 1e-9) / self.prior[row]))
+        self._values = None
+
+    def learn_at_least(self, row: int, value: float) -> None:
+        if self.values()[row] < value:
+            self._learn_bound(row, value)
+
+    def learn_at_most(self, row: int, value: float) -> None:
+        if self.values()[row] > value:
+            self._learn_bound(row, value)
+        self.at_most[row] = not self.is_measured(row)
+
+    def _learn_bound(self, row: int, value: float) -> None:
+        self._seen[row].clear()
+        self.learn(row, value)
+        self._bounds.add(row)
+
+    def is_measured(self, row: int) -> bool:
+        return row in self._seen and row not in self._bounds
+
+    def values(self) -> Floats:
+        if self._values is None:
+            self._values = self.prior * np.exp(self._residuals())
+        return self._values
+
+    def _residuals(self) -> Floats:
+        if not self._seen:
+            return np.zeros(len(self.prior))
+        rows = np.array(list(self._seen))
+        seen = np.array([statistics.mean(self._seen[row]) for row in rows])
+        observed = self.features[rows]
+        ridge = RIDGE * np.eye(observed.shape[1])
+        ridge[0, 0] = 1e-6  # the intercept: how wrong the arithmetic is as a whole
+        weights = np.linalg.solve(observed.T @ observed + ridge, observed.T @ seen)
+        residuals: Floats = self.features @ weights
+        residuals[rows] = seen
+        return residuals
+
+
+def _features(keys: Sequence[tuple[Technique, ...]]) -> Floats:
+    """One row a key: intercept, then a column for each technique and one for each kind of it, so
+    that one tile size measured says something about the others."""
+    columns: dict[str, int] = {}
+    marks = []
+    for row, key in enumerate(keys):
+        for technique in key:
+            for text in (technique.label, f"kind {technique.name}"):
+                marks.append((row, columns.setdefault(text, len(columns) + 1)))
+    features = np.zeros((len(keys), len(columns) + 1))
+    features[:, 0] = 1.0
+    for row, column in marks:
+        features[row, column] = 1.0
+    return features

@@ -1,0 +1,121 @@
+"""How many bytes of weights each open plan gets: what the budget leaves beside all else.
+
+The peak of an open plan grows with its weights byte by byte, so one trial that ran tells how many
+fill the budget. One without memory tells only that they were too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autofit import cost
+from autofit.spec import Device, Measurement, Outcome, Phase, Pipeline, Placement, Plan, Why
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+REFITS = 3  # trials of one plan beyond its first
+STEP = 0.02  # of the budget: a failed plan gives up that much, unused bytes below are left
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A placement completed, the weights it holds, and seconds of its transfers by phase."""
+
+    placement: Placement
+    weights_bytes: int
+    transfer_s: dict[Phase, float]
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The open plans as they would be run now, in the order of ``Rooms.numbers``."""
+
+    fits: list[Fit]
+    beside_bytes: Floats  # predicted peak less weights
+
+    @property
+    def weights_bytes(self) -> Floats:
+        return np.array([fit.weights_bytes for fit in self.fits], dtype=float)
+
+    def transfer_s(self, phase: Phase) -> Floats:
+        return np.array([fit.transfer_s[phase] for fit in self.fits], dtype=float)
+
+
+class Rooms:
+    """The open ones among the plans: what each was tried with, and what to try it with next."""
+
+    def __init__(
+        self, plans: Sequence[Plan], facts: Sequence[Pipeline], device: Device, budget_bytes: int
+    ) -> None:
+        self.numbers = np.array([n for n, p in enumerate(plans) if p.placement.is_open], dtype=int)
+        self.index = {int(number): i for i, number in enumerate(self.numbers)}
+        self._device, self._budget_bytes = device, budget_bytes
+        kinds: dict[tuple[Placement, Pipeline], int] = {}
+        keys = [(plans[n].placement, facts[n]) for n in self.numbers]
+        self._kind = np.array([kinds.setdefault(k, len(kinds)) for k in keys], dtype=int)
+        self._kinds = list(kinds)
+        least = np.array([cost.held_bytes(*kind) for kind in kinds], dtype=float)
+        self.least_bytes = least[self._kind]
+        count = len(self.numbers)
+        self._trials = np.zeros(count, dtype=int)
+        self._settled = np.zeros(count, dtype=bool)  # a fault, or too slow: not tried again
+        self._low = np.full(count, -np.inf)  # weights that it must have, to be tried again,
+        self._high = np.full(count, np.inf)  # and must not have more
+        self._failed = np.full(count, np.inf)  # the fewest that were too many
+        self._beside_bytes = np.full(count, np.nan)  # as measured
+        self._known: dict[tuple[int, int], Fit] = {}
+
+    def fits(self, beside_bytes: Floats) -> Fits:
+        """Fit every open plan to the budget; ``beside_bytes`` is predicted, and gives way to what
+        was measured. Where too little is left, a plan gets the least it can do with."""
+        seen = np.isfinite(self._beside_bytes)
+        beside_bytes = np.where(seen, self._beside_bytes, beside_bytes)
+        left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes
+        rooms = np.maximum(np.minimum(left_bytes, self._high), self.least_bytes).astype(int)
+        pairs = zip(self._kind.tolist(), rooms.tolist(), strict=True)
+        return Fits([self._fit(kind, room) for kind, room in pairs], beside_bytes)
+
+    def _fit(self, kind: int, room_bytes: int) -> Fit:
+        """Many plans leave the same room: what follows from it is kept."""
+        key = kind, room_bytes
+        if key not in self._known:
+            opened, facts = self._kinds[kind]
+            placement = opened.fitted(facts, room_bytes)
+            assert placement is not None  # the room is not below the least
+            transfer_s = {
+                p: cost.transfer_s(placement.traffic(facts, p), self._device) for p in Phase
+            }
+            self._known[key] = Fit(placement, cost.held_bytes(placement, facts), transfer_s)
+        return self._known[key]
+
+    def again(self, fits: Fits) -> Bools:
+        """Plans that were tried and would be given other weights now."""
+        weights_bytes = fits.weights_bytes
+        other = (weights_bytes >= self._low) & (weights_bytes <= self._high)
+        tried: Bools = (self._trials >= 1) & (self._trials <= REFITS)
+        return tried & ~self._settled & other
+
+    def learn(self, number: int, weights_bytes: int, outcome: Outcome) -> None:
+        i = self.index[number]
+        self._trials[i] += 1
+        step_bytes = int(STEP * self._budget_bytes)
+        if isinstance(outcome, Measurement):
+            self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
+            if outcome.peak_bytes <= self._budget_bytes:
+                self._low[i] = weights_bytes + step_bytes
+                # Now it is known what fits: an earlier guess need not stay a whole step away.
+                self._high[i] = self._failed[i] - step_bytes // 4
+                return
+        elif outcome.why in (Why.OUT_OF_MEMORY, Why.OVER_BUDGET):
+            short_bytes = (outcome.needed_bytes or 0) - self._budget_bytes
+            step_bytes = max(self._trials[i] * step_bytes, short_bytes)
+        else:
+            self._settled[i] = True
+        least_bytes = self.least_bytes[i]
+        below = least_bytes if weights_bytes > least_bytes else -np.inf
+        self._failed[i] = min(self._failed[i], weights_bytes)
+        self._high[i] = min(self._high[i], max(below, weights_bytes - step_bytes))

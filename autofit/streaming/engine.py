@@ -1,0 +1,158 @@
+"""Partial residency of the weights of whole components: what fits stays, the rest streams.
+
+The first forward of a component is recorded: its weights come one operation at a time. Once the
+denoiser was recorded, one pool of device memory is taken for all: weights that must stay, resident
+units, and the arena through which the other units stream. The second forward of the denoiser is
+timed, and the units are chosen anew. From then on nothing is allocated, and the host never waits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofit import anatomy
+from autofit.pinning import host_registered
+from autofit.streaming.clock import timing
+from autofit.streaming.lanes import lane_for
+from autofit.streaming.pack import pack
+from autofit.streaming.parts import Part, parts, unit_bytes_for
+from autofit.streaming.pool import Pool
+from autofit.streaming.record import recording
+from autofit.streaming.script import Script
+from autofit.streaming.units import divide
+
+TIMED = 2  # the forward that is timed, after the recorded one: the first may compile and tune
+
+
+class Streamer:
+    """Streams parts through ``pool_bytes`` of device memory, in units of ``unit_bytes`` or of one
+    layer. One part keeps: the denoiser."""
+
+    def __init__(
+        self, parts: Sequence[Part], device: torch.device, pool_bytes: int | None, unit_bytes: int
+    ) -> None:
+        self._parts, self._device, self._unit_bytes = parts, device, unit_bytes
+        self._lane = lane_for(device)
+        self._script = Script()
+        self._pool = Pool(device, pool_bytes, self._lane, self._script)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Take over the forwards of all parts. On exit the weights are in host memory again."""
+        with ExitStack() as undo:
+            undo.callback(self._pool.close)
+            for part in self._parts:
+                forward = self._forward(part, part.module.forward)
+                undo.enter_context(anatomy.attribute(part.module, "forward", forward))
+            yield
+
+    def _forward(self, part: Part, found: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(found)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._script.begin(part)
+            if not part.recorded or not self._pool.is_open:
+                return self._recorded(part, lambda: found(*args, **kwargs))
+            part.forwards += 1
+            if part.keeps and part.times_s is None and part.forwards >= TIMED:
+                return self._timed(part, lambda: found(*args, **kwargs))
+            return found(*args, **kwargs)
+
+        return forward
+
+    def _recorded(self, part: Part, run: Callable[[], Any]) -> Any:
+        hosts = [(w.parameter, w.host) for w in part.weights]
+        with recording(part.module, hosts, self._device) as record:
+            out = run()
+        if not part.recorded:
+            part.division = divide(part.module, part.weights, record, self._unit_bytes)
+            part.recorded = True
+        if part.keeps or self._pool.is_open:
+            self._arrange(part)
+        return out
+
+    def _timed(self, part: Part, run: Callable[[], Any]) -> Any:
+        with timing(part.division.order, self._lane) as clock:
+            out = run()
+        times_s = clock.times_s()
+        if times_s is not None:
+            part.times_s = times_s
+            self._arrange(part)
+        return out
+
+    def _arrange(self, latest: Part) -> None:
+        self._pool.arrange([p for p in self._parts if p.recorded], latest)
+
+
+@contextmanager
+def streaming(
+    pipe: Any,
+    device: torch.device,
+    weights_bytes: int | None,
+    *,
+    unit_bytes: int | None = None,
+    stays: Sequence[nn.Module] = (),
+) -> Iterator[None]:
+    """Run a pipe with at most ``weights_bytes`` of its weights on the device; None: the least.
+
+    ``stays`` are components kept there whole. Buffers and weights below a 512th of a unit stay
+    there too; all of these count. On exit all weights are in host memory: the same bits, the small
+    ones of a CUDA device in other memory, side by side.
+    """
+    modules = list(anatomy.modules(pipe).values())
+    largest_bytes = max(sum(t.nbytes for _, _, t in anatomy.tensors(m)) for m in modules)
+    unit_bytes = unit_bytes or unit_bytes_for(largest_bytes)
+    found = parts(pipe, stays, unit_bytes)
+    moving = {id(p) for part in found for p in part.parameters}
+    with ExitStack() as undo:
+        for module in modules:
+            undo.enter_context(anatomy.weights_held(module, without=moving))
+        undo.enter_context(_weighed(found, modules, device))
+        settled_bytes = sum(_settle(m, device, moving) for m in modules)
+        pool_bytes = None if weights_bytes is None else max(0, weights_bytes - settled_bytes)
+        streamer = Streamer(found, device, pool_bytes, unit_bytes)
+        undo.enter_context(streamer.running())
+        yield
+
+
+@contextmanager
+def _weighed(
+    found: Sequence[Part], modules: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Make the weights that stream ready for it, and leave them all in host memory on exit."""
+    cuda = device.type == "cuda"
+    firsts = {id(next(m.parameters(), None)) for m in modules}
+    for part in found if cuda else ():
+        pack(part.parameters)
+    # first the part whose weights move every step, in case not all may be page-locked
+    order = [p.module for p in sorted(found, key=lambda p: not p.keeps)]
+    with host_registered(order, str(device)) if cuda else nullcontext():
+        try:
+            for part in found:
+                part.weigh(firsts, device)
+            for weight in (w for part in found for w in part.weights):
+                weight.parameter.data = weight.idle
+            yield
+        finally:
+            for weight in (w for part in found for w in part.weights):
+                weight.parameter.data = weight.host
+
+
+def _settle(module: nn.Module, device: torch.device, moving: set[int]) -> int:
+    """Bring to the device what does not move. Returns its bytes."""
+    settled_bytes = 0
+    for owner, name, tensor in anatomy.tensors(module):
+        if id(tensor) in moving:
+            continue
+        there = tensor.data.to(device)
+        settled_bytes += there.nbytes
+        if name in owner._buffers:
+            owner._buffers[name] = there
+        else:
+            tensor.data = there
+    return settled_bytes

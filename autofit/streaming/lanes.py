@@ -1,0 +1,92 @@
+"""How weights get from host memory into the pool: beside the compute, or before it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Lane(Protocol):
+    """Copies in order, and events between them and the compute. Nothing here waits on the host but
+    ``drain`` and ``between_s``."""
+
+    def event(self, *, timing: bool = False) -> Any: ...
+
+    def mark(self, event: Any) -> None:
+        """Note how far the compute has got."""
+
+    def wait(self, event: Any) -> None:
+        """Let the compute wait for a copy."""
+
+    def copy(self, places: Tensors, sources: Tensors, after: Any, ready: Any) -> None:
+        """Copy once ``after`` has come to pass, then mark ``ready``."""
+
+    def drain(self) -> None:
+        """Wait until all has run."""
+
+    def between_s(self, first: Any, last: Any) -> float: ...
+
+
+class CudaLane:
+    """A stream of its own for the copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def event(self, *, timing: bool = False) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=timing)
+
+    def mark(self, event: torch.cuda.Event) -> None:
+        event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def copy(
+        self, places: Tensors, sources: Tensors, after: torch.cuda.Event, ready: torch.cuda.Event
+    ) -> None:
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(places, sources, non_blocking=True)
+        ready.record(self._stream)
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def between_s(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+
+class HostLane:
+    """Copies at once: the same order of copies where there is no device to overlap them with."""
+
+    def event(self, *, timing: bool = False) -> list[float]:
+        return []
+
+    def mark(self, event: list[float]) -> None:
+        event[:] = [time.perf_counter()]
+
+    def wait(self, event: list[float]) -> None:
+        pass
+
+    def copy(
+        self, places: Tensors, sources: Tensors, after: list[float], ready: list[float]
+    ) -> None:
+        torch._foreach_copy_(places, sources)
+        self.mark(ready)
+
+    def drain(self) -> None:
+        pass
+
+    def between_s(self, first: list[float], last: list[float]) -> float:
+        return last[0] - first[0]
+
+
+def lane_for(device: torch.device) -> Lane:
+    return CudaLane(device) if device.type == "cuda" else HostLane()

@@ -1,0 +1,201 @@
+"""One stretch of device memory for all weights: those that stay, and the arena of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from autofit.streaming.lanes import Lane
+from autofit.streaming.parts import Part
+from autofit.streaming.ring import Ring
+from autofit.streaming.schedule import Schedule, ring, schedule
+from autofit.streaming.script import Script
+from autofit.streaming.units import Unit
+
+BUS_SAMPLE_BYTES = 512 * 2**20  # of the weights themselves, copied to measure the bus
+
+
+class Pool:
+    """Takes its memory when it is first arranged, and keeps it until it is closed.
+
+    Without a limit it takes the least that works: what must stay, and an arena for two units.
+    """
+
+    def __init__(
+        self, device: torch.device, limit_bytes: int | None, lane: Lane, script: Script
+    ) -> None:
+        self._device, self._limit_bytes = device, limit_bytes
+        self._lane, self._script = lane, script
+        self._ring = Ring(lane, script)
+        self._hooks = ExitStack()
+        self._memory: torch.Tensor | None = None
+        self._bound: set[Unit] = set()
+        self._filled: dict[Unit, int | None] = {}  # resident units, by where they were put
+        self._bus_bytes_s: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._memory is not None
+
+    def close(self) -> None:
+        """Give the memory back. The weights are in host memory again, and nothing is hooked."""
+        self._lane.drain()
+        self._hooks.close()
+        self._ring.clear()
+        for unit in self._bound:
+            unit.unbind()
+        self._bound, self._filled, self._memory = set(), {}, None
+
+    def arrange(self, parts: Sequence[Part], latest: Part) -> None:
+        """Lay everything out anew by all that is known. ``latest`` is the part that runs now.
+
+        Raises:
+            torch.OutOfMemoryError: the device, or the size of the pool, does not hold the least.
+        """
+        try:
+            with torch.inference_mode(False):
+                self._lane.drain()
+                self._hooks.close()
+                self._ring.clear()
+                self._lay_out(self._opened(parts), parts)
+                self._script.learn(parts)
+                self._script.expect(latest)
+                self._ring.prime()
+        except BaseException:
+            self.close()  # the next forward is recorded again, and this is tried again
+            raise
+
+    def _opened(self, parts: Sequence[Part]) -> torch.Tensor:
+        kept_bytes = sum(p.division.kept.size_bytes for p in parts)
+        moving = [u.size_bytes for p in parts for u in (*p.division.order, *p.division.spare)]
+        least_bytes = kept_bytes + max(moving, default=0)
+        size_bytes = self._limit_bytes
+        if size_bytes is None:
+            size_bytes = kept_bytes + 2 * max(moving, default=0)
+        if size_bytes < least_bytes:
+            raise torch.OutOfMemoryError(
+                f"streaming has {size_bytes} bytes for weights and needs {least_bytes}."
+                f" Tried to allocate {least_bytes - size_bytes} bytes"
+            )
+        if self._memory is None or self._memory.nbytes < size_bytes:
+            self._memory, self._filled = None, {}
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # what recorded forwards left is of no use to the pool
+            self._memory = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+        return self._memory
+
+    def _lay_out(self, memory: torch.Tensor, parts: Sequence[Part]) -> None:
+        kept = [p.division.kept for p in parts if p.division.kept.weights]
+        keeping = next(p for p in parts if p.keeps)
+        others = [u for p in parts if p is not keeping for u in p.division.order]
+        spare = [u for p in parts for u in p.division.spare]
+        found = schedule(
+            keeping.items(),
+            memory.nbytes - sum(u.size_bytes for u in kept),
+            self._bus_bytes_s or self._measured_bus(memory, keeping),
+            max((u.size_bytes for u in (*others, *spare)), default=0),
+        )
+        order = keeping.division.order
+        stays = [u for u, offset in zip(order, found.offsets, strict=True) if offset is None]
+        base_bytes = self._fill(memory, [*kept, *stays])
+        for unit in stays:
+            if unit.changes_itself:
+                self._hook(unit, lambda _: None, Unit.bind)
+        for part in parts:
+            part.streamed = [u for u in part.division.order if u not in self._filled]
+        self._place_streamed(memory[base_bytes:], found, keeping, parts)
+        for unit in spare:
+            unit.place(memory[base_bytes:], 0)
+            self._hook(unit, self._before_spare, self._after_spare)
+
+    def _measured_bus(self, memory: torch.Tensor, part: Part) -> float:
+        """Bytes a second from the weights to the pool, by copying some of them."""
+        sample, size_bytes = [], 0
+        limit_bytes = min(BUS_SAMPLE_BYTES, memory.nbytes)
+        for unit in part.division.order:
+            if size_bytes + unit.size_bytes <= limit_bytes:
+                unit.place(memory, size_bytes)
+                sample.append(unit)
+                size_bytes += unit.size_bytes
+        start = time.perf_counter()
+        self._copy(sample)
+        self._bus_bytes_s = max(1, size_bytes) / max(1e-6, time.perf_counter() - start)
+        return self._bus_bytes_s
+
+    def _copy(self, units: Sequence[Unit]) -> None:
+        """Copy to where they were placed, and wait for it."""
+        before, ready = self._lane.event(), self._lane.event()
+        self._lane.mark(before)
+        for unit in units:
+            self._lane.copy(unit.places, unit.sources, before, ready)
+        self._lane.drain()
+
+    def _fill(self, memory: torch.Tensor, units: Sequence[Unit]) -> int:
+        """Put units at the start of the pool, for good. Returns where they end."""
+        filled: dict[Unit, int | None] = {}
+        absent, end_bytes = [], 0
+        for unit in units:
+            unit.place(memory, end_bytes)
+            end_bytes += unit.size_bytes
+            if unit not in self._filled or self._filled[unit] != unit.offset:
+                absent.append(unit)
+            filled[unit] = unit.offset
+            self._bind(unit)
+        self._copy(absent)
+        self._filled = filled
+        return end_bytes
+
+    def _place_streamed(
+        self, arena: torch.Tensor, found: Schedule, keeping: Part, parts: Sequence[Part]
+    ) -> None:
+        """The part that keeps as it was scheduled, the others one behind the other."""
+        end_bytes = 0
+        offsets = [o for o in found.offsets if o is not None]
+        for part in sorted(parts, key=lambda p: p is not keeping):
+            if part is not keeping:
+                sizes = [u.size_bytes for u in part.streamed]
+                offsets = [o for o in ring(sizes, arena.nbytes, end_bytes) if o is not None]
+            for unit, offset in zip(part.streamed, offsets, strict=True):
+                unit.place(arena, offset)
+                end_bytes = offset + unit.size_bytes
+                self._bind(unit)
+                after = self._after_changed if unit.changes_itself else self._ring.after
+                self._hook(unit, self._ring.before, after)
+
+    def _bind(self, unit: Unit) -> None:
+        self._bound.add(unit)
+        unit.bind()
+
+    def _before_spare(self, unit: Unit) -> None:
+        self._ring.before(unit)
+        self._bind(unit)
+
+    def _after_spare(self, unit: Unit) -> None:
+        """Elsewhere its weights are in host memory: what would use them there fails, and is not
+        given what lies in the arena by then."""
+        self._ring.after(unit)
+        unit.unbind()
+
+    def _after_changed(self, unit: Unit) -> None:
+        self._ring.after(unit)
+        unit.bind()
+
+    def _hook(
+        self, unit: Unit, before: Callable[[Unit], None], after: Callable[[Unit], None]
+    ) -> None:
+        if unit.ready is None:
+            unit.ready, unit.done = self._lane.event(), self._lane.event()
+
+        def pre_hook(*_: Any) -> None:
+            before(unit)
+
+        def post_hook(*_: Any) -> None:
+            after(unit)
+
+        for module in unit.modules:
+            self._hooks.callback(module.register_forward_pre_hook(pre_hook).remove)
+        self._hooks.callback(unit.modules[-1].register_forward_hook(post_hook).remove)

@@ -1,0 +1,143 @@
+"""Which modules run in a forward, in which order, and which weights each of them uses.
+
+The forward that is recorded is a real one. Its weights need not be on the device: each operation
+that asks for one gets a copy that lives as long as the operation needs it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_ATTRIBUTES = ("__get__", "__set__", "size", "dim", "stride", "numel", "is_floating_point")
+
+
+@dataclass
+class Record:
+    """``calls``: the modules in the order in which they began. ``uses``: for each parameter, by
+    ``id``, the modules (by ``id``) that were running when an operation used it."""
+
+    calls: list[nn.Module] = field(default_factory=list)
+    uses: dict[int, set[frozenset[int]]] = field(default_factory=lambda: defaultdict(set))
+
+    def used(self, parameter: torch.Tensor) -> bool:
+        return id(parameter) in self.uses
+
+    def only_within(self, parameter: torch.Tensor, module: nn.Module) -> bool:
+        """Whether all that uses the parameter happens while this module runs."""
+        return all(id(module) in running for running in self.uses[id(parameter)])
+
+
+@contextmanager
+def recording(
+    module: nn.Module,
+    hosts: Sequence[tuple[nn.Parameter, torch.Tensor]],
+    device: torch.device,
+) -> Iterator[Record]:
+    """Record the forward of ``module`` run inside. ``hosts`` are its parameters, each with its
+    tensor in host memory."""
+    record = Record()
+    running: list[nn.Module] = []
+
+    def begin(part: nn.Module, _: Any) -> None:
+        record.calls.append(part)
+        running.append(part)
+
+    def end(*_: Any) -> None:
+        running.pop()
+
+    with ExitStack() as undo:
+        for part in module.modules():
+            if part is not module:  # it runs already
+                undo.callback(part.register_forward_pre_hook(begin).remove)
+                undo.callback(part.register_forward_hook(end, always_call=True).remove)
+        running.append(module)
+        weights = undo.enter_context(_stand_ins(hosts, device))
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        fetch = _Fetch(weights, record, running, device)
+        undo.enter_context(_Operations(fetch))
+        undo.enter_context(_Functions(fetch))
+        yield record
+
+
+class _Fetch:
+    """Gives an operation the real weights, on the device, and notes which it asked for."""
+
+    def __init__(
+        self,
+        weights: dict[int, tuple[int, torch.Tensor]],
+        record: Record,
+        running: list[nn.Module],
+        device: torch.device,
+    ) -> None:
+        self._weights, self._record, self._running = weights, record, running
+        self._device = device
+
+    def __call__(self, arguments: Any) -> Any:
+        return tree_map_only(torch.Tensor, self._fetched, arguments)
+
+    def _fetched(self, tensor: torch.Tensor) -> torch.Tensor:
+        known = self._weights.get(tensor.untyped_storage()._cdata)
+        if known is None:
+            return tensor
+        parameter_id, host = known
+        self._record.uses[parameter_id].add(frozenset(map(id, self._running)))
+        return host.to(self._device)
+
+
+class _Functions(TorchFunctionMode):
+    """Sees a call before torch chooses how to compute it by what the tensors are like."""
+
+    def __init__(self, fetch: _Fetch) -> None:
+        self._fetch = fetch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = getattr(func, "__name__", "") in _ATTRIBUTES  # a shape, a dtype: no weight needed
+        args, kwargs = (args, kwargs or {}) if asks else self._fetch((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    """Sees what never was a call of Python's."""
+
+    def __init__(self, fetch: _Fetch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fetch = fetch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._fetch((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _stand_ins(
+    hosts: Sequence[tuple[nn.Parameter, torch.Tensor]], device: torch.device
+) -> Iterator[dict[int, tuple[int, torch.Tensor]]]:
+    """Put a stand-in in the place of each parameter's tensor, and know it by its storage."""
+    weights, alive = {}, []
+    with ExitStack() as undo:
+        for parameter, host in hosts:
+            one = stand_in(host, device)
+            alive.append(one)  # also where something else takes its place: storages are reused
+            undo.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = one
+            weights[one.untyped_storage()._cdata] = id(parameter), host
+        yield weights
+
+
+def stand_in(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the same shape and dtype on another device, of one element: NaN, so that no one
+    uses it unnoticed."""
+    with torch.inference_mode(False):
+        nothing = float("nan") if host.is_floating_point() else 0
+        one = torch.full((1,), nothing, dtype=torch.float32, device=device).to(host.dtype)
+        return one.expand(host.shape)

@@ -1,0 +1,119 @@
+"""Keep the weights that fit, stream the others: our own placement (``autofit/streaming``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from autofit import anatomy
+from autofit.spec import (
+    BadInput,
+    Device,
+    Phase,
+    Pipeline,
+    Placement,
+    Role,
+    Technique,
+    Traffic,
+    Workload,
+)
+from autofit.streaming import streaming
+from autofit.techniques.placement import NOWHERE, ROLES, as_run, runs, total_bytes
+
+# Of the weights on the device, about this share is the arena in which the others arrive. By the
+# schedules found for SDXL and FLUX; each pipe's own is found when it runs.
+ARENA_SHARE = 0.08
+# Two units: one that runs, one that arrives. The largest unit is the largest layer.
+LEAST_UNITS = 2
+# Biases, norms and buffers stay on the device, and what is placed is aligned.
+SETTLED_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Streamed(Placement):
+    """Hold ``weights_bytes`` of weights on the device: the denoiser's as far as they fit; the rest
+    streams through an arena, in the order in which it runs, ahead of its turn.
+
+    ``weights_bytes`` None holds the least, and marks the placement as open: the search sets it from
+    the budget. ``unit_bytes`` bounds what is streamed at a time; None takes a 64th of the largest
+    component, at most 32 MiB. A float16 VAE that may be cast to float32 to decode stays on the
+    device whole, since the cast replaces its weights.
+    """
+
+    name: ClassVar[str] = "streamed"
+
+    weights_bytes: int | None = None
+    unit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size_bytes in self.settings.items():
+            if size_bytes is not None and size_bytes < 1:
+                raise BadInput(f"streamed: {name}={size_bytes} is below one byte")
+
+    @contextmanager
+    def applied(self, pipe: Any, device: str) -> Iterator[None]:
+        target = torch.device(device)
+        stays = _stays(pipe)
+        with streaming(pipe, target, self.weights_bytes, unit_bytes=self.unit_bytes, stays=stays):
+            yield
+
+    def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
+        return NOWHERE if device.kind == "cpu" else None
+
+    @property
+    def is_open(self) -> bool:
+        return self.weights_bytes is None
+
+    def fitted(self, pipeline: Pipeline, room_bytes: int) -> Placement | None:
+        """With all of ``room_bytes``, or what all weights need; None where that is too little."""
+        if room_bytes < self._least_bytes(pipeline):
+            return None
+        all_bytes = int(pipeline.weight_bytes * (1 + SETTLED_SHARE))
+        return replace(self, weights_bytes=min(room_bytes, all_bytes))
+
+    def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
+        held_bytes = self.weights_bytes or self._least_bytes(pipeline)
+        return held_bytes + as_run(pipeline, phase).weight_bytes - pipeline.weight_bytes
+
+    def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
+        moved_bytes = total_bytes(pipeline.of_role(ROLES[phase]))
+        if phase is Phase.STEP:
+            held_bytes = self.weights_bytes or self._least_bytes(pipeline)
+            spare_bytes = held_bytes - self._settled_bytes(pipeline)
+            if spare_bytes < moved_bytes:
+                moved_bytes -= int(spare_bytes * (1 - ARENA_SHARE))
+            else:
+                moved_bytes = 0
+        elif phase is Phase.DECODE:
+            moved_bytes -= self._kept_bytes(pipeline)
+        return Traffic(moved_bytes * runs(pipeline, phase), overlaps=True)
+
+    def _least_bytes(self, pipeline: Pipeline) -> int:
+        largest_bytes = max(c.largest_leaf_bytes for c in pipeline.components)
+        return self._settled_bytes(pipeline) + LEAST_UNITS * largest_bytes
+
+    def _settled_bytes(self, pipeline: Pipeline) -> int:
+        return self._kept_bytes(pipeline) + int(SETTLED_SHARE * pipeline.weight_bytes)
+
+    def _kept_bytes(self, pipeline: Pipeline) -> int:
+        upcasts = as_run(pipeline, Phase.DECODE) is not pipeline
+        return total_bytes(pipeline.of_role(Role.VAE)) if upcasts else 0
+
+    @property
+    def traits(self) -> frozenset[str]:
+        return frozenset({self.name, "hooks_layers"})
+
+
+STREAMED: tuple[Technique, ...] = (Streamed(),)
+
+
+def _stays(pipe: Any) -> list[nn.Module]:
+    vae = anatomy.vae(pipe)
+    if vae is None or vae.dtype != torch.float16 or not vae.config.get("force_upcast", False):
+        return []
+    return [vae]

@@ -1,0 +1,285 @@
+"""Open plans: the budget says how many bytes of weights they hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from test_search import storage
+from worlds import (
+    CARD,
+    FLUX,
+    FLUX_LARGE,
+    LARGE,
+    SDXL,
+    STREAMED,
+    Bent,
+    World,
+    gib,
+    opened,
+)
+
+from autofit import cost
+from autofit.rooms import REFITS, STEP
+from autofit.sampler import MIN_GAIN, PlanSampler, Task, ranking
+from autofit.search import Found, Limits, search
+from autofit.spec import (
+    Failure,
+    Fidelity,
+    Measurement,
+    Outcome,
+    Phase,
+    Pipeline,
+    Plan,
+    Slot,
+    Why,
+    Workload,
+)
+from autofit.surrogate import Surrogate
+from autofit.techniques.space import legal_plans
+
+CASES = {"flux": (FLUX, FLUX_LARGE), "sdxl": (SDXL, LARGE)}
+BENT = {
+    "as predicted": Bent(),
+    "3 x activations": Bent(activations=3.0),
+    "activations / 3": Bent(activations=1 / 3),
+    "slow bus, fragments": Bent(bus=0.93, reserved=1.2),
+    "3 x compute": Bent(compute=3.0),
+    "compute / 3, fragments": Bent(compute=1 / 3, reserved=1.4),
+}
+ALONE = Plan((STREAMED,))
+TILED = next(
+    p
+    for p in legal_plans(FLUX, CARD, FLUX_LARGE)
+    if p.label == "tiled_vae(tile_px=512, overlap=0.125) + streamed"
+)
+
+
+def task(
+    budget_bytes: int, plans: tuple[Plan, ...], pipeline: Pipeline, workload: Workload
+) -> Task:
+    return Task(plans, pipeline, CARD, workload, budget_bytes)
+
+
+def flux(budget_bytes: int, *plans: Plan) -> Task:
+    return task(budget_bytes, plans or (ALONE,), FLUX, FLUX_LARGE)
+
+
+def best(found: Found, task: Task) -> tuple[Plan, Measurement]:
+    attempt = ranking(found.attempts, task)[0]
+    assert isinstance(attempt.outcome, Measurement)
+    return attempt.plan, attempt.outcome
+
+
+def held_bytes(plan: Plan) -> int:
+    return int(plan.placement.settings["weights_bytes"])
+
+
+# ---------------------------------------------------------------- where the search ends
+
+
+@pytest.mark.parametrize("bent", BENT.values(), ids=BENT)
+@pytest.mark.parametrize("budget", [4, 6, 8, 12, 16, 24])
+@pytest.mark.parametrize("case", CASES)
+def test_streaming_alone_ends_at_its_optimum(case: str, budget: int, bent: Bent) -> None:
+    pipeline, workload = CASES[case]
+    world = World(gib(budget), 1, workload, pipeline, bent)
+    optimum, asked = world.best(ALONE), task(gib(budget), (ALONE,), pipeline, workload)
+    found = search(asked, world.measure)
+    assert len(found.attempts) <= 1 + REFITS
+    if isinstance(optimum, Failure):
+        assert ranking(found.attempts, asked) == []
+        return
+    plan, outcome = best(found, asked)
+    assert outcome.image_s <= 1.05 * optimum.image_s
+    full = outcome.peak_bytes >= 0.97 * gib(budget)
+    assert full or outcome.image_s <= optimum.image_s / (1 - 2 * MIN_GAIN)
+    assert not plan.placement.is_open
+
+
+@pytest.mark.parametrize("name", [name for name in BENT if name != "3 x compute"])
+@pytest.mark.parametrize(("case", "budget"), [("flux", 6), ("flux", 12), ("sdxl", 4)])
+def test_streaming_wins_among_all_plans(case: str, budget: int, name: str) -> None:
+    """Where the bus is what is waited for; where compute is, others are as fast."""
+    pipeline, workload = CASES[case]
+    world = World(gib(budget), 1, workload, pipeline, BENT[name])
+    plans = legal_plans(pipeline, CARD, workload)
+    asked = task(gib(budget), plans, pipeline, workload)
+    found = search(asked, world.measure)
+    every = [o.image_s for p in plans if isinstance(o := world.best(p), Measurement)]
+    plan, outcome = best(found, asked)
+    assert plan.placement.name == "streamed"
+    assert outcome.image_s <= 1.05 * min(every)
+    assert len(found.attempts) <= 20
+    assert len(set(world.calls)) == len(world.calls)
+
+
+@pytest.mark.parametrize(("case", "budget"), [("flux", 8), ("flux", 16), ("flux", 24), ("sdxl", 6)])
+def test_the_first_trial_streams_where_nothing_resident_fits(case: str, budget: int) -> None:
+    pipeline, workload = CASES[case]
+    plans = legal_plans(pipeline, CARD, workload, Fidelity.EXACT)
+    world = World(gib(budget), 0, workload, pipeline)
+    search(task(gib(budget), plans, pipeline, workload), world.measure, limits=Limits(trials=1))
+    assert world.calls[0].placement.name == "streamed"
+
+
+def test_resident_plans_come_first_where_they_fit() -> None:
+    plans = legal_plans(SDXL, CARD, LARGE, Fidelity.EXACT)
+    world = World(gib(24))
+    search(task(gib(24), plans, SDXL, LARGE), world.measure, limits=Limits(trials=1))
+    assert [p.label for p in world.calls] == ["resident"]
+
+
+# ---------------------------------------------------------------- from trial to trial
+
+
+def test_without_memory_the_next_trial_holds_less_until_it_gives_up() -> None:
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        held.append(held_bytes(plan))
+        return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.DECODE)
+
+    held: list[int] = []
+    search(flux(gib(16)), measure)
+    assert len(held) == 1 + REFITS
+    assert all(b <= a - STEP * gib(16) for a, b in pairwise(held))
+
+
+@pytest.mark.parametrize("why", [Why.ERROR, Why.CRASH, Why.HANG, Why.BAD_OUTPUT])
+def test_a_fault_is_not_tried_with_other_weights(why: Why) -> None:
+    found = search(flux(gib(16)), lambda *_: Failure(why, ""))
+    assert len(found.attempts) == 1
+
+
+def test_over_the_budget_the_next_trial_holds_less_by_what_was_over() -> None:
+    world = World(gib(16), 0, FLUX_LARGE, FLUX)
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, give_up_s)
+        assert isinstance(outcome, Measurement)
+        return replace(outcome, peak_bytes=outcome.peak_bytes + gib(3))
+
+    found = search(flux(gib(16)), measure)
+    first, second = (a.outcome for a in found.attempts)
+    assert isinstance(first, Measurement)
+    assert isinstance(second, Measurement)
+    assert first.peak_bytes > gib(16) >= second.peak_bytes >= gib(16 * 0.985)
+
+
+def test_what_one_plan_lacked_is_not_refused_to_others() -> None:
+    """The phase that ran out of memory is shared: only its room was too large."""
+    world = World(gib(8), 1, FLUX_LARGE, FLUX)
+    sampler = PlanSampler(flux(gib(8), ALONE, TILED))
+    plan = sampler.completed(TILED)
+    failed = Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.STEP)
+    sampler.learn(plan, failed)
+    again = sampler.propose()
+    assert again is not None
+    assert held_bytes(again) < held_bytes(plan)
+    assert isinstance(world.measure(again, None), Measurement)
+
+
+@pytest.mark.parametrize(
+    ("bent", "bus_bound"), [(Bent(compute=3.0), False), (Bent(compute=0.1, bus=0.95), True)]
+)
+def test_learns_the_compute_where_it_bounds_and_the_bus_where_that_does(
+    bent: Bent, bus_bound: bool
+) -> None:
+    world = World(gib(12), 1, FLUX_LARGE, FLUX, bent)
+    surrogate = Surrogate([ALONE], FLUX, CARD, FLUX_LARGE, gib(12))
+    placement = surrogate.placement(0)
+    assert placement is not None
+    plan = cost.placed(ALONE, placement)
+    surrogate.learn(0, plan, world.truth(plan), None)
+    step = surrogate.tables[Phase.STEP].seconds
+    assert (step.is_measured(0), step.at_most[0]) == (not bus_bound, bus_bound)
+    again = surrogate.placement(0)
+    assert again is not None
+    outcome = world.truth(cost.placed(ALONE, again))
+    assert isinstance(outcome, Measurement)
+    assert surrogate.image_s()[0] == pytest.approx(outcome.image_s, rel=0.01)
+
+
+def test_activations_are_exact_whatever_the_room() -> None:
+    learnt = []
+    for budget in (12, 20):
+        world = World(gib(budget), 1, FLUX_LARGE, FLUX)
+        made = Surrogate([ALONE], FLUX, CARD, FLUX_LARGE, gib(budget))
+        plan = cost.placed(ALONE, replace(STREAMED, weights_bytes=gib(budget - 8)))
+        made.learn(0, plan, world.truth(plan), None)
+        learnt.append([made.tables[p].activations.values()[0] for p in Phase])
+    assert learnt[0] == pytest.approx(learnt[1])
+
+
+def test_resumes_with_the_bytes_that_were_set(tmp_path: Path) -> None:
+    bent = Bent(activations=3.0)
+    world, whole = (World(gib(12), 1, FLUX_LARGE, FLUX, bent) for _ in range(2))
+    alone = search(flux(gib(12)), whole.measure)
+    assert len(alone.attempts) > 1
+    asked = flux(gib(12))
+    for _ in alone.attempts:
+        again = search(
+            asked,
+            world.measure,
+            limits=Limits(trials=1),
+            storage=storage(tmp_path / "study"),
+            name="s",
+        )
+    assert again.attempts == alone.attempts
+    assert all(held_bytes(a.plan) > 0 for a in again.attempts)
+    assert {opened(a.plan) for a in again.attempts} == {ALONE}
+
+
+def test_a_plan_to_try_first_is_tried_until_it_fits() -> None:
+    """It makes the image that the others are compared with."""
+    world = World(gib(12), 1, FLUX_LARGE, FLUX, Bent(activations=3.0))
+    plans = legal_plans(FLUX, CARD, FLUX_LARGE)
+    asked = task(gib(12), plans, FLUX, FLUX_LARGE)
+    found = search(asked, world.measure, first=[ALONE], limits=Limits(trials=6))
+    fits = [isinstance(a.outcome, Measurement) for a in found.attempts]
+    tries = fits.index(True) + 1
+    assert tries > 1
+    assert {opened(a.plan) for a in found.attempts[:tries]} == {ALONE}
+    assert opened(found.attempts[tries].plan) != ALONE
+
+
+def test_the_leanest_plans_are_open() -> None:
+    found = search(flux(gib(0.9), TILED), World(gib(0.9), 0, FLUX_LARGE, FLUX).measure)
+    assert ranking(found.attempts, flux(gib(0.9))) == []
+    assert found.leanest == (TILED,)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_a_plan_fitted_to_a_budget_is_predicted_to_fill_it() -> None:
+    plan = cost.fitted(ALONE, FLUX, CARD, FLUX_LARGE, gib(12))
+    assert plan is not None
+    peak_bytes = cost.predict(plan, FLUX, CARD, FLUX_LARGE).peak_bytes
+    assert peak_bytes == pytest.approx(gib(12) * (1 - cost.MARGIN), abs=2)
+    assert cost.fitted(ALONE, FLUX, CARD, FLUX_LARGE, gib(2)) is None
+    resident = next(p for p in legal_plans(FLUX, CARD, FLUX_LARGE) if p.label == "resident")
+    assert cost.fitted(resident, FLUX, CARD, FLUX_LARGE, gib(2)) is resident
+
+
+def test_only_what_streams_is_narrowed() -> None:
+    plan = cost.placed(ALONE, replace(STREAMED, weights_bytes=gib(4)))
+    assert cost.narrowed(plan, FLUX, gib(1)) == Plan((replace(STREAMED, weights_bytes=gib(3)),))
+    assert cost.narrowed(plan, FLUX, gib(4)) is None
+    resident = next(p for p in legal_plans(FLUX, CARD, FLUX_LARGE) if p.label == "resident")
+    assert cost.narrowed(resident, FLUX, gib(1)) is None
+
+
+def test_tens_of_thousands_of_plans_are_predicted_in_tens_of_milliseconds() -> None:
+    wide = replace(SDXL, components=tuple(replace(c, dtype="float32") for c in SDXL.components))
+    workload = Workload(2048, 2048, 30, batch=4, passes=2)
+    plans = legal_plans(wide, CARD, workload)
+    assert len(plans) > 10_000
+    assert sum(p.at(Slot.PLACEMENT) == STREAMED for p in plans) > 500
+    surrogate = Surrogate(plans, wide, CARD, workload, gib(12))
+    surrogate.learn(0, plans[0], Failure(Why.OUT_OF_MEMORY, ""), None)
+    start = time.perf_counter()
+    surrogate.peak_bytes(), surrogate.image_s(), surrogate.again()
+    assert time.perf_counter() - start < 0.1
