@@ -35,9 +35,11 @@ class Clock:
         self.marks[-1].append(event)
 
     def times_s(self) -> list[float] | None:
-        """Seconds from the start of each unit to the call of the next; None where the forward did
-        not run them all once."""
-        if len(self.marks) != self._count or any(len(m) != 3 for m in self.marks):
+        """Seconds from the start of each unit to the call of the next, the last time that all ran;
+        None where they did not all run as often."""
+        if not self._count:
+            return []
+        if not self.marks or len(self.marks) % self._count or any(len(m) != 3 for m in self.marks):
             return None
         self._lane.drain()
         between_s = self._lane.between_s
@@ -46,9 +48,8 @@ class Clock:
             between_s(started, ended) + between_s(ended, after)
             for (_, started, ended), after in zip(self.marks, following, strict=True)
         ]
-        if times_s:
-            times_s[-1] += between_s(self.begin, self.marks[0][0])
-        return times_s
+        times_s[-1] += between_s(self.begin, self.marks[0][0])
+        return times_s[-self._count :]
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from autofit.streaming.record import recording
 from autofit.streaming.script import Script
 from autofit.streaming.units import divide
 
-TIMED = 2  # the forward that is timed, after the recorded one: the first may compile and tune
+# The forwards after the recorded one that are timed until one tells; the first may compile and tune
+TIMED = range(2, 5)
 
 
 class Streamer:
@@ -59,7 +60,7 @@ class Streamer:
             if not part.recorded or not self._pool.is_open:
                 return self._recorded(part, lambda: found(*args, **kwargs))
             part.forwards += 1
-            if part.keeps and part.times_s is None and part.forwards >= TIMED:
+            if part.keeps and part.times_s is None and part.forwards in TIMED:
                 return self._timed(part, lambda: found(*args, **kwargs))
             return found(*args, **kwargs)
 
@@ -71,9 +72,9 @@ class Streamer:
             out = run()
         if not part.recorded:
             part.division = divide(part.module, part.weights, record, self._unit_bytes)
-            part.recorded = True
         if part.keeps or self._pool.is_open:
             self._arrange(part)
+        part.recorded = True
         return out
 
     def _timed(self, part: Part, run: Callable[[], Any]) -> Any:
@@ -86,7 +87,7 @@ class Streamer:
         return out
 
     def _arrange(self, latest: Part) -> None:
-        self._pool.arrange([p for p in self._parts if p.recorded], latest)
+        self._pool.arrange([p for p in self._parts if p.recorded or p is latest], latest)
 
 
 @contextmanager

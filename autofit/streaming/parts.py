@@ -59,8 +59,8 @@ class Part:
 def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
     """Divide a pipe into parts, the modules in ``stays`` left out.
 
-    A VAE is entered by its encoder or its decoder, anything else by itself. What two parts share
-    does not stream.
+    A VAE is entered by its encoder or its decoder, anything else by itself. Memory that two parts
+    or two parameters share does not stream.
     """
     found = [
         (name, entry)
@@ -68,7 +68,7 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
         if module not in stays
         for entry in _entries(name, module)
     ]
-    owners = Counter(id(p) for _, entry in found for p in entry.parameters())
+    owners = Counter(p.data_ptr() for _, entry in found for p in entry.parameters())
     small_bytes = unit_bytes // SMALL_SHARE
     return [
         Part(
@@ -78,7 +78,7 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
             parameters=tuple(
                 p
                 for p in entry.parameters()
-                if owners[id(p)] == 1 and p.nbytes > small_bytes and is_streamable(p)
+                if owners[p.data_ptr()] == 1 and p.nbytes > small_bytes and is_streamable(p)
             ),
         )
         for name, entry in found

@@ -196,6 +196,7 @@ class Pool:
         def post_hook(*_: Any) -> None:
             after(unit)
 
-        for module in unit.modules:
+        for module in (*unit.modules, *unit.entrances):
             self._hooks.callback(module.register_forward_pre_hook(pre_hook).remove)
-        self._hooks.callback(unit.modules[-1].register_forward_hook(post_hook).remove)
+        for module in (unit.modules[-1], *unit.entrances):
+            self._hooks.callback(module.register_forward_hook(post_hook).remove)

@@ -6,8 +6,9 @@ that asks for one gets a copy that lives as long as the operation needs it.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,10 @@ class Record:
     def only_within(self, parameter: torch.Tensor, module: nn.Module) -> bool:
         """Whether all that uses the parameter happens while this module runs."""
         return all(id(module) in running for running in self.uses[id(parameter)])
+
+    def running(self, parameter: torch.Tensor) -> set[int]:
+        """All modules, by ``id``, that were running when it was used."""
+        return set().union(*self.uses[id(parameter)])
 
 
 @contextmanager
@@ -70,28 +75,46 @@ def recording(
 
 
 class _Fetch:
-    """Gives an operation the real weights, on the device, and notes which it asked for."""
+    """Gives an operation the real weights, on the device, and notes which it asked for.
+
+    So it does for views of them: a module may return one, and another use it.
+    """
 
     def __init__(
         self,
-        weights: dict[int, tuple[int, torch.Tensor]],
+        weights: Mapping[int, tuple[nn.Parameter, torch.Tensor]],
         record: Record,
         running: list[nn.Module],
         device: torch.device,
     ) -> None:
         self._weights, self._record, self._running = weights, record, running
         self._device = device
+        self._fetched: dict[int, tuple[nn.Parameter, Any]] = {}  # by storage, while it lives
 
     def __call__(self, arguments: Any) -> Any:
-        return tree_map_only(torch.Tensor, self._fetched, arguments)
+        return tree_map_only(torch.Tensor, self._real, arguments)
 
-    def _fetched(self, tensor: torch.Tensor) -> torch.Tensor:
-        known = self._weights.get(tensor.untyped_storage()._cdata)
-        if known is None:
-            return tensor
-        parameter_id, host = known
-        self._record.uses[parameter_id].add(frozenset(map(id, self._running)))
-        return host.to(self._device)
+    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage in self._weights:
+            parameter, host = self._weights[storage]
+            self._note(parameter)
+            return self._copy(parameter, host)
+        if storage in self._fetched:
+            self._note(self._fetched[storage][0])
+        return tensor
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        self._record.uses[id(parameter)].add(frozenset(map(id, self._running)))
+
+    def _copy(self, parameter: nn.Parameter, host: torch.Tensor) -> torch.Tensor:
+        """A copy of its own also on the CPU, and like the parameter in all that torch goes by."""
+        copied = host.to(self._device, copy=True).requires_grad_(parameter.requires_grad)
+        storage = copied.untyped_storage()
+        key = storage._cdata
+        gone = weakref.ref(storage, lambda _: self._fetched.pop(key, None))
+        self._fetched[key] = parameter, gone
+        return copied
 
 
 class _Functions(TorchFunctionMode):
@@ -121,7 +144,7 @@ class _Operations(TorchDispatchMode):
 @contextmanager
 def _stand_ins(
     hosts: Sequence[tuple[nn.Parameter, torch.Tensor]], device: torch.device
-) -> Iterator[dict[int, tuple[int, torch.Tensor]]]:
+) -> Iterator[dict[int, tuple[nn.Parameter, torch.Tensor]]]:
     """Put a stand-in in the place of each parameter's tensor, and know it by its storage."""
     weights, alive = {}, []
     with ExitStack() as undo:
@@ -130,7 +153,7 @@ def _stand_ins(
             alive.append(one)  # also where something else takes its place: storages are reused
             undo.callback(setattr, parameter, "data", parameter.data)
             parameter.data = one
-            weights[one.untyped_storage()._cdata] = id(parameter), host
+            weights[one.untyped_storage()._cdata] = parameter, host
         yield weights
 
 

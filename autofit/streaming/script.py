@@ -7,6 +7,8 @@ from typing import Protocol
 
 from autofit.streaming.units import Unit
 
+LONGEST = 4096  # forwards of an image that are remembered
+
 
 class Part(Protocol):
     """A module that is streamed as a whole: its units in order, and where it stands in an image.
@@ -44,6 +46,8 @@ class Script:
         ranked = [p.rank for p in self._actual if p.rank is not None]
         if part.rank is not None and ranked and part.rank < ranked[-1]:
             self._expected, self._actual = self._actual, []
+        if len(self._actual) == LONGEST:  # no image ends where one part runs alone
+            self._actual = []
         self._actual.append(part)
 
     def expect(self, part: Part) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autofit import anatomy
 from autofit.streaming.pack import runs
 from autofit.streaming.record import Record
 from autofit.streaming.schedule import aligned
@@ -29,12 +30,14 @@ class Weight:
 class Unit:
     """Weights that come and go together: of modules that run one after the other.
 
-    ``offset`` is where the first lies in the pool. ``places`` are those of all, and ``sources``
-    where they come from, as bytes: one where they lie side by side on the host.
+    ``entrances`` are modules elsewhere that have one of its weights too, and may run in another
+    forward. ``offset`` is where the first lies in the pool. ``places`` are those of all, and
+    ``sources`` where they come from, as bytes: one where they lie side by side on the host.
     """
 
     modules: tuple[nn.Module, ...]
     weights: tuple[Weight, ...]
+    entrances: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         self._sizes_bytes = tuple(aligned(w.host.nbytes) for w in self.weights)
@@ -107,18 +110,24 @@ def divide(
     module: nn.Module, weights: Sequence[Weight], record: Record, unit_bytes: int
 ) -> Division:
     """Divide the weights of a recorded forward into units of ``unit_bytes``, or of one layer."""
-    division = _Divider(weights, record, unit_bytes)
+    division = _Divider(module, weights, record, unit_bytes)
     for child in module.children():
         division.split(child)
     times = Counter(order := _cycle(division.order()))
-    once = _joined([u for u in order if times[u] == 1], unit_bytes)
+    once = _joined([u for u in _apart(order, record) if times[u] == 1], unit_bytes)
     moving = {w for u in (*once, *division.spare) for w in u.weights}
     kept = tuple(w for w in weights if w not in moving)
     return Division(once, tuple(division.spare), Unit((module,), kept))
 
 
 class _Divider:
-    def __init__(self, weights: Sequence[Weight], record: Record, unit_bytes: int) -> None:
+    def __init__(
+        self, module: nn.Module, weights: Sequence[Weight], record: Record, unit_bytes: int
+    ) -> None:
+        self._owners: dict[int, list[nn.Module]] = defaultdict(list)  # by the id of a parameter
+        for owner, _, tensor in anatomy.tensors(module):
+            self._owners[id(tensor)].append(owner)
+        self._all = {id(w.parameter) for w in weights}
         self._free = {id(w.parameter): w for w in weights}
         self._record, self._unit_bytes = record, unit_bytes
         self._calls = set(map(id, record.calls))
@@ -137,6 +146,11 @@ class _Divider:
     def order(self) -> list[Unit]:
         return [self._units[id(c)] for c in self._record.calls if id(c) in self._units]
 
+    def _more(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a module has weights that stream besides these."""
+        mine = set(map(id, parameters))
+        return any(id(p) in self._all and id(p) not in mine for p in module.parameters())
+
     def _inside(self, part: nn.Module) -> tuple[Weight, ...]:
         return tuple(self._free[id(p)] for p in part.parameters() if id(p) in self._free)
 
@@ -148,15 +162,32 @@ class _Divider:
     def _take(self, part: nn.Module, inside: tuple[Weight, ...]) -> bool:
         """Make a unit of the part, if its weights are used while it runs and nowhere else."""
         record, parameters = self._record, [w.parameter for w in inside]
-        if not any(map(record.used, parameters)) and id(part) not in self._calls:
-            self.spare.append(Unit((part,), inside))
+        within = set(part.modules())
+        entrances = {m for p in parameters for m in self._owners[id(p)] if m not in within}
+        if any(self._more(m, parameters) for m in entrances):
+            return False  # it would need two units at once
+        unit = Unit((part,), inside, tuple(entrances))
+        leaf = not any(map(self._inside, part.children()))
+        if leaf and not any(map(record.used, parameters)) and id(part) not in self._calls:
+            self.spare.append(unit)
         elif id(part) in self._calls and all(record.only_within(p, part) for p in parameters):
-            self._units[id(part)] = Unit((part,), inside)
+            self._units[id(part)] = unit
         else:
             return False
         for parameter in parameters:
             del self._free[id(parameter)]
         return True
+
+
+def _apart(order: Sequence[Unit], record: Record) -> list[Unit]:
+    """Without the units that run while another one does: that one's place must not be given up."""
+    modules = {id(u.modules[0]) for u in order}
+
+    def alone(unit: Unit) -> bool:
+        running = set().union(*(record.running(w.parameter) for w in unit.weights))
+        return running & modules == {id(unit.modules[0])}
+
+    return [u for u in order if alone(u)]
 
 
 def _joined(order: Sequence[Unit], unit_bytes: int) -> tuple[Unit, ...]:
@@ -165,7 +196,11 @@ def _joined(order: Sequence[Unit], unit_bytes: int) -> tuple[Unit, ...]:
     for unit in order:
         last = joined[-1] if joined else None
         if last is not None and last.size_bytes + unit.size_bytes <= unit_bytes:
-            joined[-1] = Unit((*last.modules, *unit.modules), (*last.weights, *unit.weights))
+            joined[-1] = Unit(
+                (*last.modules, *unit.modules),
+                (*last.weights, *unit.weights),
+                (*last.entrances, *unit.entrances),
+            )
         else:
             joined.append(unit)
     return tuple(joined)
