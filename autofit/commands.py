@@ -146,7 +146,8 @@ def _watched(console: Console, goal: Goal) -> Iterator[Listener]:
             text = f"trial {event.number + 1} · {_best(event)} · {left}"
             bar.update(job, description=text, total=1.0, completed=min(1.0, share))
             if event.outcome is not None:
-                console.print(f"{event.number + 1:>3}  {_result(event)}  {event.plan.label}")
+                text = report.plan_text(event.plan)
+                console.print(f"{event.number + 1:>3}  {_result(event)}  {text}")
 
         yield Listener(stage, progress)
 

@@ -106,8 +106,12 @@ def _where(on: Environment) -> str:
     return f"{on.device}, {format_bytes(on.total_bytes)}{capability}"
 
 
+def plan_text(plan: Plan) -> str:
+    """The plan with the settings that are not their defaults, sizes in units."""
+    return " + ".join(map(_compact, plan.techniques))
+
+
 def _compact(technique: Technique) -> str:
-    """The technique with the settings that are not its defaults."""
     changed = {f.name for f in fields(technique) if getattr(technique, f.name) != f.default}
     return _text(technique, {k: v for k, v in technique.settings.items() if k in changed})
 
@@ -137,9 +141,9 @@ def trials_table(attempts: Sequence[Attempt], best: Plan | None, budget_bytes: i
         table.add_column(name, justify="left" if words else "right", no_wrap=not words)
     winner = _winner(attempts, best)
     for number, attempt in _ranked(attempts, winner):
-        label = " + ".join(_compact(t) for t in attempt.plan.techniques)
         result = _result(attempt, winner, budget_bytes)
-        cells = map(Text, (str(number), label, *_figures(attempt), result))  # Text: no markup read
+        text = plan_text(attempt.plan)
+        cells = map(Text, (str(number), text, *_figures(attempt), result))  # Text: no markup read
         table.add_row(*cells, style="bold green" if attempt is winner else None)
     return table
 

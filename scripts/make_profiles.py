@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from autofit import store
+from autofit import report, store
 from autofit.spec import Profile
 from autofit.units import GIB
 
@@ -92,7 +92,7 @@ def table() -> str:
             f" | {profile.budget_bytes / GIB:g} GiB"
             f" | {measured.image_s:.3g} s"
             f" | {measured.peak_bytes / GIB:.2f} GiB"
-            f" | {profile.plan.label} |"
+            f" | {report.plan_text(profile.plan)} |"
         )
     return "\n".join(rows) + "\n"
 
