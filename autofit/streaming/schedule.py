@@ -59,6 +59,7 @@ def schedule(
         return Schedule(offsets, room_bytes - total_bytes, total_bytes, everything)
     least_bytes = max(least_arena_bytes, largest_bytes)
     arenas = {max(least_bytes, int(room_bytes * share)) for share in _ARENA_SHARES}
+    arenas |= {least_bytes, 2 * least_bytes, 3 * least_bytes}
     found = [_with_arena(items, room_bytes, a, bytes_s) for a in arenas if a <= room_bytes]
     bar_s = min(s.forward_s for s in found) * NEARLY_AS_FAST
     return min((s for s in found if s.forward_s <= bar_s), key=lambda s: s.arena_bytes)
@@ -92,6 +93,9 @@ def spread(items: Sequence[Item], resident_bytes: int) -> list[bool]:
             high, streamed = middle, chosen
         else:
             low = middle
+    even = _walk(items, (total_bytes - _resident_bytes(items, streamed)) / total_s)
+    if _resident_bytes(items, even) <= resident_bytes:  # the least overshoot bunches them
+        streamed = even
     return _fill(items, streamed, resident_bytes)
 
 
