@@ -9,6 +9,7 @@ come first; the search corrects them by what it measures (``surrogate.py``).
 
 from __future__ import annotations
 
+from autofit import host
 from autofit.spec import (
     DTYPE_BYTES,
     Device,
@@ -134,7 +135,7 @@ def seconds(plan: Plan, facts: Pipeline, device: Device, workload: Workload, pha
     """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
     busy_s = compute_s(plan, facts, device, workload, phase)
     traffic = plan.placement.traffic(facts, phase)
-    moving_s = transfer_s(traffic, device)
+    moving_s = transfer_s(traffic, facts, device, phase)
     return max(busy_s, moving_s) if traffic.overlaps else busy_s + moving_s
 
 
@@ -147,9 +148,22 @@ def compute_s(
     return busy_s + plan.placement.traffic(facts, phase).hooks * HOOK_S
 
 
-def transfer_s(traffic: Traffic, device: Device) -> float:
-    pageable_bytes = traffic.pageable_bytes + traffic.back_bytes
-    return traffic.pinned_bytes / device.pinned_bytes_s + pageable_bytes / device.pageable_bytes_s
+def transfer_s(traffic: Traffic, facts: Pipeline, device: Device, phase: Phase) -> float:
+    pinned_bytes = traffic.pinned_bytes * _pinned_share(facts, device, phase)
+    pageable_bytes = traffic.pinned_bytes - pinned_bytes
+    pageable_bytes += traffic.pageable_bytes + traffic.back_bytes
+    return pinned_bytes / device.pinned_bytes_s + pageable_bytes / device.pageable_bytes_s
+
+
+def _pinned_share(facts: Pipeline, device: Device, phase: Phase) -> float:
+    """How much of a phase's weights the host's memory allows to page-lock: the denoiser's first,
+    they move every step."""
+    left_bytes = host.pinnable_bytes(device.host_limit_bytes)
+    wanted_bytes = facts.denoiser.weight_bytes
+    if phase is not Phase.STEP:
+        left_bytes -= wanted_bytes
+        wanted_bytes = facts.weight_bytes - wanted_bytes
+    return min(1.0, max(0, left_bytes) / max(1, wanted_bytes))
 
 
 def _effect(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> Effect:

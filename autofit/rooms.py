@@ -87,7 +87,8 @@ class Rooms:
             placement = opened.fitted(facts, room_bytes)
             assert placement is not None  # the room is not below the least
             transfer_s = {
-                p: cost.transfer_s(placement.traffic(facts, p), self._device) for p in Phase
+                p: cost.transfer_s(placement.traffic(facts, p), facts, self._device, p)
+                for p in Phase
             }
             self._known[key] = Fit(placement, cost.held_bytes(placement, facts), transfer_s)
         return self._known[key]

@@ -155,7 +155,7 @@ class Surrogate:
         row, moving_s = table.index[number], 0.0
         if number in self._rooms.index:
             traffic = plan.placement.traffic(self._facts[number], phase)
-            moving_s = cost.transfer_s(traffic, self.device)
+            moving_s = cost.transfer_s(traffic, self._facts[number], self.device, phase)
         if not moving_s or spent_s > BUS_BOUND * moving_s / self._bus_share():
             table.seconds.learn(row, spent_s)
             return

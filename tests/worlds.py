@@ -184,7 +184,7 @@ class World:
         busy_s = cost.compute_s(plan, facts, CARD, self.workload, phase)
         busy_s *= factor * self.bent.compute
         traffic = plan.placement.traffic(facts, phase)
-        moving_s = cost.transfer_s(traffic, CARD) / self.bent.bus
+        moving_s = cost.transfer_s(traffic, facts, CARD, phase) / self.bent.bus
         return max(busy_s, moving_s) if traffic.overlaps else busy_s + factor * moving_s
 
     def _factor(self, plan: Plan, phase: Phase, kind: str) -> float:

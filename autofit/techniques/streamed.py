@@ -81,17 +81,27 @@ class Streamed(Placement):
         return held_bytes + as_run(pipeline, phase).weight_bytes - pipeline.weight_bytes
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
+        """The denoiser's weights come first; what all else needs, once it fits beside these, stays
+        in the arena from image to image."""
         moved_bytes = total_bytes(pipeline.of_role(ROLES[phase]))
+        held_bytes = self.weights_bytes or self._least_bytes(pipeline)
+        denoiser_bytes = pipeline.denoiser.weight_bytes
+        room_bytes = held_bytes - self._settled_bytes(pipeline)
         if phase is Phase.STEP:
-            held_bytes = self.weights_bytes or self._least_bytes(pipeline)
-            spare_bytes = held_bytes - self._settled_bytes(pipeline)
-            if spare_bytes < moved_bytes:
-                moved_bytes -= int(spare_bytes * (1 - ARENA_SHARE))
-            else:
-                moved_bytes = 0
+            moved_bytes = self._streamed_bytes(pipeline, denoiser_bytes - room_bytes, room_bytes)
+        elif room_bytes >= pipeline.weight_bytes - self._kept_bytes(pipeline):
+            moved_bytes = 0
         elif phase is Phase.DECODE:
             moved_bytes -= self._kept_bytes(pipeline)
         return Traffic(moved_bytes * runs(pipeline, phase), overlaps=True)
+
+    def _streamed_bytes(self, pipeline: Pipeline, short_bytes: int, room_bytes: int) -> int:
+        """What of the denoiser streams: what does not fit, and what gives way to the arena."""
+        if short_bytes <= 0:
+            return 0
+        largest_bytes = pipeline.denoiser.largest_leaf_bytes
+        arena_bytes = min(int(ARENA_SHARE * room_bytes), largest_bytes + 2 * short_bytes)
+        return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
 
     def _least_bytes(self, pipeline: Pipeline) -> int:
         largest_bytes = max(c.largest_leaf_bytes for c in pipeline.components)
