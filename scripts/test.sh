@@ -6,6 +6,7 @@ ruff check .
 ruff format --check .
 mypy
 python scripts/make_profiles.py --check
+python scripts/make_benchmarks.py --check
 # Two processes of one thread each: on two cores, two of two spend their time waiting for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m pytest -q -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile --durations 12
