@@ -2,8 +2,8 @@
 
 The first forward of a component is recorded: its weights come one operation at a time. Once the
 denoiser was recorded, one pool of device memory is taken for all: weights that must stay, resident
-units, and the arena through which the other units stream. The second forward of the denoiser is
-timed, and the units are chosen anew. From then on nothing is allocated, and the host never waits.
+units, and the arena through which the other units stream. A later forward of the denoiser is timed,
+and the units are chosen anew. From then on nothing is allocated, and the host never waits.
 """
 
 from __future__ import annotations

@@ -101,10 +101,6 @@ class Division:
     spare: tuple[Unit, ...]
     kept: Unit
 
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        return (*self.order, *self.spare, self.kept)
-
 
 def divide(
     module: nn.Module, weights: Sequence[Weight], record: Record, unit_bytes: int
