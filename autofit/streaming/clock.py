@@ -32,6 +32,8 @@ class Clock:
     def _mark(self) -> None:
         event = self._lane.event(timing=True)
         self._lane.mark(event)
+        if not self.marks:  # another order than the recorded one
+            self.marks.append([])
         self.marks[-1].append(event)
 
     def times_s(self) -> list[float] | None:
