@@ -1,4 +1,4 @@
-"""autofit probe | plan | run | show | models. Parses, calls session, prints; an error is one line.
+"""autofit probe | plan | run | show | models | gpus. Parses, calls, prints; an error is one line.
 
 Results go to stdout, progress and tables to stderr: ``autofit plan ... --json | jq`` works.
 Exit code 0: done; 1: a fault of ours; 2: bad input; 3: nothing fits; 130: interrupted.
@@ -89,12 +89,23 @@ def plan(
 def probe(
     device: Device = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Show a card of the table instead (`autofit gpus` lists it)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine: memory, bus, matrix rates, attention kernels that answer, versions."""
+    if gpu is not None and (device is not None or fresh):
+        raise BadInput(
+            f"gpu {gpu!r} is looked up, not measured: leave out --device and --fresh, or --gpu"
+        )
     from autofit import commands
 
-    commands.probe(device, fresh, as_json)
+    if gpu is not None:
+        commands.look_up(gpu, as_json)
+    else:
+        commands.probe(device, fresh, as_json)
 
 
 @app.command()
@@ -142,6 +153,23 @@ def models(as_json: Json = False) -> None:
         typer.echo(
             f"{a.name:<14}{a.parameters / 1e9:7.3f} B  {a.dtype:<9} {size:>9}, {a.steps:>2} steps"
             f"  {a.summary}"
+        )
+
+
+@app.command()
+def gpus(as_json: Json = False) -> None:
+    """List the cards that `probe --gpu` knows without having them, by their vendor's figures."""
+    from autofit.gpus import gpus as cards
+
+    if as_json:
+        typer.echo(json.dumps([vars(g) for g in cards()], indent=2))
+        return
+    for g in cards():
+        rate = g.fp16_flops_s
+        half = "no tensor cores" if rate is None else f"{rate / 1e12:.4g} TFLOP/s"
+        typer.echo(
+            f"{g.slug:<22}{g.memory_bytes / units.GIB:4.0f} GiB {g.memory_bytes_s / 1e9:5.0f} GB/s"
+            f"  PCIe {g.pcie}.0 x{g.lanes:<2} {half:>15}  {g.name}"
         )
 
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from autofit import architectures, report, session, store
+from autofit import architectures, gpus, report, session, store
 from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
 from autofit.probe import device_named, probe_device
 from autofit.search import Progress
-from autofit.spec import BadInput, Failure, Measurement
+from autofit.spec import BadInput, Device, Failure, Measurement
 from autofit.units import format_bytes, format_seconds
 
 LOG_WIDTH = 160  # of tables that go to a file
@@ -71,7 +71,14 @@ def _show_planned(
 
 
 def probe(device: str | None, fresh: bool, as_json: bool) -> None:
-    found = probe_device(device or session.default_device(), fresh=fresh)
+    _show_device(probe_device(device or session.default_device(), fresh=fresh), as_json)
+
+
+def look_up(gpu: str, as_json: bool) -> None:
+    _show_device(gpus.device_for(gpu), as_json)
+
+
+def _show_device(found: Device, as_json: bool) -> None:
     if as_json:
         print(report.device_json(found))
     else:

@@ -209,7 +209,7 @@ def _failure(failure: Failure) -> str:
 
 
 def device_table(device: Device) -> Table:
-    """Show what was found out about a device. Rates are measured ones."""
+    """Show what was found out about a device, or what the GPU table has of it, said to be so."""
     table = Table(title=Text(device.name), show_header=False)
     for row in _device_rows(device):
         table.add_row(*map(Text, row))

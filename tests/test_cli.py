@@ -25,6 +25,7 @@ from PIL import Image
 
 from autofit import cli, session, store
 from autofit.architectures import names
+from autofit.gpus import gpus
 from autofit.techniques import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -410,6 +411,42 @@ class TestProbe:
         found = json.loads(autofit("probe", "--device", "cpu", "--json").out)
         assert found["kind"] == "cpu"
         assert found["versions"]["torch"] == torch.__version__
+
+    def test_a_card_of_the_table_says_that_it_is_one(self) -> None:
+        ended = autofit("probe", "--gpu", "RTX 4060")
+        assert (ended.code, ended.err) == (0, "")
+        assert "NVIDIA GeForce RTX 4060" in ended.out
+        assert re.search(r"source .+ GPU table", ended.out)
+
+    def test_a_card_of_the_table_as_json(self) -> None:
+        found = json.loads(autofit("probe", "--gpu", "rtx-4060", "--json").out)
+        assert found["name"] == "NVIDIA GeForce RTX 4060"
+        assert found["capability"] == [8, 9]
+        assert found["versions"]["source"].startswith("GPU table")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--gpu", "rtx-4600"), r"gpu 'rtx-4600' is not in the table\. Did you mean .+"),
+            (("--gpu", "rtx-4060", "--device", "cpu"), r"gpu 'rtx-4060' is looked up, .+"),
+            (("--gpu", "rtx-4060", "--fresh"), r"gpu 'rtx-4060' is looked up, .+"),
+        ],
+    )
+    def test_what_cannot_be_looked_up(self, arguments: tuple[str, ...], message: str) -> None:
+        ended = autofit("probe", *arguments)
+        assert ended.code == 2
+        assert re.fullmatch(message, ended.complaint), ended.complaint
+
+
+class TestGpus:
+    def test_are_listed(self) -> None:
+        lines = autofit("gpus").out.splitlines()
+        assert [line.split()[0] for line in lines] == [g.slug for g in gpus()]
+
+    def test_json(self) -> None:
+        found = json.loads(autofit("gpus", "--json").out)
+        assert [g["slug"] for g in found] == [g.slug for g in gpus()]
+        assert all(g["source"] for g in found)
 
 
 class TestModels:
