@@ -60,3 +60,35 @@ class Pipes:
 
     def discard(self, name: str) -> None:
         self._built.pop(name, None)
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all copies of weights that stream, as they are asked for."""
+    from autofit.streaming import engine
+    from autofit.streaming.lanes import lane_for
+
+    sizes: list[int] = []
+
+    def counted(device: Any) -> Any:
+        lane = lane_for(device)
+        found = lane.copy
+
+        def copy_counted(places: Any, sources: Any, after: Any, ready: Any) -> None:
+            sizes.append(sum(source.nbytes for source in sources))
+            found(places, sources, after, ready)
+
+        lane.copy = copy_counted
+        return lane
+
+    monkeypatch.setattr(engine, "lane_for", counted)
+    return sizes

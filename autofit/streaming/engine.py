@@ -146,14 +146,14 @@ def _weighed(
 
 def _settle(module: nn.Module, device: torch.device, moving: set[int]) -> int:
     """Bring to the device what does not move. Returns its bytes."""
-    settled_bytes = 0
+    settled: dict[int, int] = {}  # tied weights have several owners
     for owner, name, tensor in anatomy.tensors(module):
         if id(tensor) in moving:
             continue
         there = tensor.data.to(device)
-        settled_bytes += there.nbytes
+        settled[id(tensor)] = there.nbytes
         if name in owner._buffers:
             owner._buffers[name] = there
         else:
             tensor.data = there
-    return settled_bytes
+    return sum(settled.values())
