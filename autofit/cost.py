@@ -1,6 +1,7 @@
 """Arithmetic: what a plan should need and take, before anything runs. No torch.
 
-Peak = max over phases of (weights on the device + activations of the phase) + what is not tensors.
+Peak = max over phases of (weights on the device + activations of the phase, and of those that stay)
++ what is not tensors.
 Seconds of a phase = compute, with the phase's weight traffic behind it or after it.
 
 The activation and work figures are priors by order of magnitude, good for choosing which trials
@@ -57,7 +58,10 @@ def predict(plan: Plan, pipeline: Pipeline, device: Device, workload: Workload) 
     fragments = fragmentation(device)
     phase_bytes = {
         p: weight_bytes(plan, facts, p)
-        + int(fragments * activation_bytes(plan, facts, workload, p))
+        + int(
+            fragments
+            * (activation_bytes(plan, facts, workload, p) + left_bytes(plan, facts, workload, p))
+        )
         for p in Phase
     }
     phase_s = {p: seconds(plan, facts, device, workload, p) for p in Phase}
@@ -131,6 +135,16 @@ def activation_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Pha
     return int(plain * _effect(plan, facts, workload, phase).activations)
 
 
+def left_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> int:
+    """Memory of the other phases' activations that stays taken in this one."""
+    left = (p for p in Phase if p is not phase and stays(plan, facts, workload, p))
+    return sum(activation_bytes(plan, facts, workload, p) for p in left)
+
+
+def stays(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> bool:
+    return _effect(plan, facts, workload, phase).stays
+
+
 def seconds(plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase) -> float:
     """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
     busy_s = compute_s(plan, facts, device, workload, phase)
@@ -167,12 +181,13 @@ def _pinned_share(facts: Pipeline, device: Device, phase: Phase) -> float:
 
 
 def _effect(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> Effect:
-    seconds = activations = 1.0
+    seconds, activations, stays = 1.0, 1.0, False
     for technique in plan.techniques:
         effect = technique.effects(facts, workload).get(phase, Effect())
         seconds *= effect.seconds
         activations *= effect.activations
-    return Effect(seconds, activations)
+        stays |= effect.stays
+    return Effect(seconds, activations, stays)
 
 
 def _positions(facts: Pipeline, workload: Workload) -> int:

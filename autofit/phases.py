@@ -40,8 +40,9 @@ class PhaseTable:
                 first.append(number)
             self.index[number] = rows.setdefault(key, len(rows))
         self.features = _features(list(rows))
-        self.refused = np.zeros(len(rows), dtype=bool)  # ran out of memory in just this phase
+        self.refused = np.zeros(len(plans), dtype=bool)  # ran out of memory in just this phase
         at = [(plans[n], facts[n]) for n in first]
+        self.stays = np.array([cost.stays(p, f, workload, phase) for p, f in at])
         self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
         times = [
             (cost.compute_s if p.placement.is_open else cost.seconds)(p, f, device, workload, phase)
@@ -56,10 +57,21 @@ class PhaseTable:
             self.features,
         )
 
+    def refuse(self, number: int, left_bytes: Floats) -> None:
+        """This plan ran out of memory here, and so would those that run it the same way with as
+        much left over from the other phases, or more. ``left_bytes`` are of every plan."""
+        alike = self.index == self.index[number]
+        self.refused |= alike & (left_bytes >= left_bytes[number])
+
     def live_bytes(self, fragmentation: Floats | float) -> Floats:
-        """Of every plan."""
+        """Of every plan, less what stays of other phases."""
         activations: Floats = self.activations.values()[self.index]
         return self.weight_bytes[self.index] + fragmentation * activations
+
+    def staying_bytes(self) -> Floats:
+        """Activations that stay taken in the other phases, of every plan."""
+        activations: Floats = (self.stays * self.activations.values())[self.index]
+        return activations
 
 
 class Corrected:

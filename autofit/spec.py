@@ -225,11 +225,13 @@ class Effect:
     """What a technique is hoped to change in one phase: factors on seconds and on activation bytes.
 
     Hopes, not promises: they order the trials. The search corrects them with what it measures, so
-    a factor stands at the good end of what was ever seen.
+    a factor stands at the good end of what was ever seen. ``stays``: the memory of this phase's
+    activations is not given back, and is taken in every other phase too.
     """
 
     seconds: float = 1.0
     activations: float = 1.0
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,12 @@ class Technique(ABC):
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
-    fidelity: ClassVar[Fidelity]
     reversible: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def fidelity(self) -> Fidelity:
+        """A class variable of most techniques; of some it follows from the settings."""
 
     @abstractmethod
     def applied(self, pipe: Any, device: str) -> AbstractContextManager[None]:

@@ -79,7 +79,7 @@ class Surrogate:
 
     def impossible(self) -> Bools:
         """Plans with a phase that ran out of memory just so in another plan."""
-        parts = [t.refused[t.index] for t in self.tables.values()]
+        parts = [t.refused for t in self.tables.values()]
         return np.any(parts, axis=0)  # type: ignore[no-any-return]
 
     def fits(self) -> Fits:
@@ -115,8 +115,16 @@ class Surrogate:
         return statistics.median(self._bus_shares) if self._bus_shares else 1.0
 
     def _live_bytes(self, fragmentation: Floats | float = 1.0) -> Floats:
-        parts = [t.live_bytes(fragmentation) for t in self.tables.values()]
+        parts = [
+            table.live_bytes(fragmentation) + fragmentation * self._left_bytes(phase)
+            for phase, table in self.tables.items()
+        ]
         return np.max(parts, axis=0)  # type: ignore[no-any-return]
+
+    def _left_bytes(self, phase: Phase) -> Floats:
+        """Activations of the other phases that stay taken in this one, of every plan."""
+        parts = [t.staying_bytes() for p, t in self.tables.items() if p is not phase]
+        return np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
     # What it learns
 
@@ -166,10 +174,12 @@ class Surrogate:
     def _learn_overheads(self, number: int, outcome: Measurement) -> None:
         """What the allocator held beyond live tensors, for a byte of activations in that phase."""
         self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
-        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0))
-        live_bytes = outcome.phase_peak_bytes[highest.value]
+        # The allocator does not count as live what stays: nobody may have it, but it is free.
+        left = {p: float(self._left_bytes(p)[number]) for p in Phase}
+        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + left[p])
+        live_bytes = outcome.phase_peak_bytes[highest.value] + left[highest]
         table = self.tables[highest]
-        activations = table.activations.values()[table.index[number]]
+        activations = table.activations.values()[table.index[number]] + left[highest]
         extra_bytes = outcome.peak_bytes - outcome.non_torch_bytes - live_bytes
         is_open = number in self._rooms.index
         seen = self._open_fragmentation if is_open else self._fragmentation
@@ -185,9 +195,16 @@ class Surrogate:
             table = self.tables[phase]
             row = table.index[number]
             weight_bytes = cost.weight_bytes(plan, self._facts[number], phase)
+            left_bytes = self._left_bytes(phase)
             if not narrowable:
-                table.refused[row] |= outcome.phase is not None
-                table.activations.learn_at_least(row, MORE_THAN_HAD * had - weight_bytes)
+                if outcome.phase:
+                    table.refuse(number, left_bytes)
+                # What is left may be what was guessed wrong: no more than must be is taught then,
+                # so that plans which leave nothing are not given up.
+                more = 1.0 if left_bytes[number] else MORE_THAN_HAD
+                if not left_bytes[number] or not table.activations.is_measured(row):
+                    needed_bytes = more * had - weight_bytes - left_bytes[number]
+                    table.activations.learn_at_least(row, needed_bytes)
             elif outcome.phase and not table.activations.is_measured(row):
                 table.activations.learn_at_least(row, FAR_MORE * (had - weight_bytes))
 

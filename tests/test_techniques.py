@@ -33,12 +33,14 @@ from autofit.spec import (
     Technique,
 )
 from autofit.techniques import CANDIDATES, CLASHES, KINDS, Clash, execution
+from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.execution import RegionalCompile, TracedDenoiser
 from autofit.techniques.group_offload import GroupOffload
 from autofit.techniques.guidance import TwoPasses
 from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
 from autofit.techniques.placement import ModelOffload, Resident, SequentialOffload
 from autofit.techniques.precision import HalfPrecision
+from autofit.techniques.streamed import Streamed
 
 
 class Boom(Exception):
@@ -104,6 +106,15 @@ def test_settings_that_contradict_each_other_are_bad_input(settings: dict[str, A
         (RegionalCompile(), SequentialOffload(), True),
         (RegionalCompile(), LEAF_STREAM, True),
         (RegionalCompile(), KEEP, False),
+        (CudaGraph(), SequentialOffload(), True),
+        (CudaGraph(), LEAF, True),
+        (CudaGraph(), BLOCK_STREAM, True),
+        (CudaGraph(), ModelOffload(), True),
+        (CudaGraph(), Streamed(), True),
+        (CudaGraph(compiled=True), Streamed(), True),
+        (CudaGraph(), Resident(), False),
+        (CudaGraph(), KEEP, False),
+        (CudaGraph(compiled=True), KEEP, False),
         (TwoPasses(), LEAF_STREAM, True),
         (TwoPasses(), LEAF, False),
         (TwoPasses(), KEEP, False),

@@ -170,13 +170,16 @@ class World:
     def _needs(self, plan: Plan) -> tuple[dict[Phase, float], dict[Phase, float]]:
         """Live and reserved bytes by phase."""
         facts = plan.facts(self.pipeline)
-        live, reserved = {}, {}
+        weights, bent = {}, {}
         for phase in Phase:
-            weight_bytes = cost.weight_bytes(plan, facts, phase)
+            weights[phase] = cost.weight_bytes(plan, facts, phase)
             activations = cost.activation_bytes(plan, facts, self.workload, phase)
-            bent = activations * self.bent.activations * self._factor(plan, phase, "b")
-            live[phase] = weight_bytes + bent
-            reserved[phase] = weight_bytes + bent * self.bent.reserved
+            bent[phase] = activations * self.bent.activations * self._factor(plan, phase, "b")
+        stay = {p for p in Phase if cost.stays(plan, facts, self.workload, p)}
+        # What stays of another phase is reserved, and not live.
+        taken = {p: sum(bent[q] for q in stay | {p}) for p in Phase}
+        live = {p: weights[p] + bent[p] for p in Phase}
+        reserved = {p: weights[p] + taken[p] * self.bent.reserved for p in Phase}
         return live, reserved
 
     def _seconds(self, plan: Plan, phase: Phase) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autofit.spec import Device, Pipeline, Plan, Technique, Workload
 from autofit.techniques.attention import ATTENTIONS
+from autofit.techniques.cuda_graph import CUDA_GRAPHS
 from autofit.techniques.decode import DECODES
 from autofit.techniques.execution import EXECUTIONS
 from autofit.techniques.group_offload import GROUP_OFFLOADS
@@ -25,6 +26,7 @@ CANDIDATES: tuple[Technique, ...] = (
     *FORMATS,
     *DECODES,
     *EXECUTIONS,
+    *CUDA_GRAPHS,
     *ATTENTIONS,
     *GUIDANCES,
     *PLACEMENTS,
@@ -59,6 +61,21 @@ CLASHES: tuple[Clash, ...] = (
         "traced",
         "hooks_layers",
         "the trace bypasses the hooks that wait for the layers' weights",
+    ),
+    Clash(
+        "cuda_graph",
+        "divides_denoiser",
+        "a graph reads each weight at one address, and these layers come to others",
+    ),
+    Clash(
+        "cuda_graph",
+        "hooks_layers",
+        "a replay runs no hooks, and none would wait for the layers' weights",
+    ),
+    Clash(
+        "cuda_graph",
+        "model_offload",
+        "the denoiser comes to other addresses for every image, where no graph of it is valid",
     ),
     Clash(
         "two_passes",

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,9 +76,9 @@ class _Traces:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if not all(isinstance(leaf, Hashable) for leaf in leaves):
+        signature = signature_of(leaves, spec)
+        if signature is None:
             return self._found(*args, **kwargs)
-        signature = (str(spec), *map(_described, leaves))
         if signature not in self._made:
             if len(self._made) == MAX_TRACES:
                 return self._found(*args, **kwargs)
@@ -87,25 +87,26 @@ class _Traces:
         # Optimising the graph takes seconds to minutes at the second call, and gains nothing where
         # the kernels are what takes the time.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return pytree.tree_unflatten(traced(*_tensors(leaves)), out_spec)
+            return pytree.tree_unflatten(traced(*tensors_of(leaves)), out_spec)
 
     def _trace(
         self, leaves: list[Any], spec: pytree.TreeSpec
     ) -> tuple[Callable[..., Any], pytree.TreeSpec]:
-        constants = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        constants = without_tensors(leaves)
         out_specs: list[pytree.TreeSpec] = []
 
         def on_tensors(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = iter(tensors)
-            filled = [next(given) if c is _TENSOR else c for c in constants]
-            args, kwargs = pytree.tree_unflatten(filled, spec)
+            args, kwargs = pytree.tree_unflatten(filled(constants, tensors), spec)
             out_leaves, out_spec = pytree.tree_flatten(self._found(*args, **kwargs))
             out_specs.append(out_spec)
             return tuple(out_leaves)
 
         with torch.no_grad(), _without_trace_warnings():
             traced = torch.jit.trace(
-                _Body(self._denoiser, on_tensors), _tensors(leaves), check_trace=False, strict=False
+                _Body(self._denoiser, on_tensors),
+                tensors_of(leaves),
+                check_trace=False,
+                strict=False,
             )
         return traced, out_specs[-1]
 
@@ -123,12 +124,32 @@ class _Body(nn.Module):
         return self._on_tensors(*tensors)
 
 
-def _tensors(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
+def tensors_of(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
+def without_tensors(leaves: list[Any]) -> list[Any]:
+    """The leaves with marks where tensors were, which ``filled`` replaces."""
+    return [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def filled(constants: list[Any], tensors: Iterable[torch.Tensor]) -> list[Any]:
+    given = iter(tensors)
+    return [next(given) if c is _TENSOR else c for c in constants]
+
+
+def signature_of(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Hashable, ...] | None:
+    """What of the inputs a recording holds for; None where a constant has no hash to know it by."""
+    signature = (str(spec), *map(_described, leaves))
+    try:
+        hash(signature)
+    except TypeError:
+        return None
+    return signature
+
+
 def _described(leaf: Any) -> Hashable:
-    """What of an input is recorded in a trace: not a tensor's values, but a constant's value."""
+    """Not a tensor's values, but a constant's value."""
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return type(leaf), leaf
