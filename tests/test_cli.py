@@ -151,7 +151,9 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
         "stderr": subprocess.PIPE,
         "text": True,
     }
-    with subprocess.Popen(command, **setting) as run:
+    # whoever runs the tests in the background has SIGINT ignored, and children inherit that
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **setting, **heard) as run:
         assert run.stderr is not None
         read_until(run.stderr, r"^ +1 .* resident$")
         workers = psutil.Process(run.pid).children(recursive=True)
