@@ -47,7 +47,10 @@ Storage = Annotated[
 @app.command()
 def plan(
     model: Model,
-    budget: Annotated[str, typer.Option(help="Memory of the whole process, as 8GB or 7.5GiB.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Memory of the whole process, as 8GB; the card's less a desktop's."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     batch: Annotated[str, typer.Option(help="Images a call.")] = "1",
     steps: Annotated[str | None, typer.Option(help="Denoising steps.")] = None,
@@ -61,19 +64,48 @@ def plan(
     storage: Storage = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Predict for a card of the table (`autofit gpus`).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict, without trials and without weights.")
+    ] = False,
+    budgets: Annotated[
+        str | None, typer.Option(help="Predict a table for these, as 4GB,8GB,16GB.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Predict a table for these, as 512x512,1024x1024.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the fastest plan within the budget by short trial generations, and store its profile."""
+    """Find the fastest plan within the budget by short trial generations, and store its profile.
+
+    With --dry-run, --gpu, --budgets or --sizes it is predicted instead, in seconds and without a
+    GPU: what would fit, and how fast.
+    """
     from autofit import commands, planner
 
-    goal = planner.Goal(
-        budget=units.parse_size(budget),
-        size=units.parse_pixels(size) if size is not None else None,
-        batch=_count("batch", batch),
-        steps=_count("steps", steps) if steps is not None else None,
-        frames=_count("frames", frames),
-        fidelity=fidelity,
-    )
+    def goal_of(budget: str | int, size: str | None) -> planner.Goal:
+        return planner.Goal(
+            budget=units.parse_size(budget) if isinstance(budget, str) else budget,
+            size=units.parse_pixels(size) if size is not None else None,
+            batch=_count("batch", batch),
+            steps=_count("steps", steps) if steps is not None else None,
+            frames=_count("frames", frames),
+            fidelity=fidelity,
+        )
+
+    if dry_run or gpu is not None or budgets is not None or sizes is not None:
+        asked = commands.Asked(
+            goal_of,
+            budgets=_either("budget", budget, budgets),
+            sizes=_either("size", size, sizes),
+            is_table=budgets is not None or sizes is not None,
+        )
+        _check_folder(output)
+        commands.predict(model, asked, gpu, device, dtype, output, as_json)
+        return
+    goal = goal_of(budget or commands.whole_card(device), size)
     effort = planner.Effort(
         trials=_count("trials", trials),
         timeout_s=units.parse_duration(timeout),
@@ -185,6 +217,12 @@ def _count(name: str, text: str, least: int = 1) -> int:
             f"{name} {number} is below {least}; write for example --{name} {max(1, least)}"
         )
     return number
+
+
+def _either(name: str, one: str | None, many: str | None) -> list[str | None]:
+    if one is not None and many is not None:
+        raise BadInput(f"give --{name} or --{name}s, not both")
+    return [one] if many is None else [text.strip() for text in many.split(",")]
 
 
 def _check_folder(output: Path | None) -> None:

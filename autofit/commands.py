@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from autofit import architectures, gpus, report, session, store
+from autofit import architectures, gpus, outlook, report, session, store
 from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
 from autofit.probe import device_named, probe_device
 from autofit.search import Progress
@@ -68,6 +70,77 @@ def _show_planned(
     else:
         print(report.profile_lines(profile))
         print(f"profile   {path}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be predicted: all budgets with all sizes; None is the card's, the model's own."""
+
+    goal: Callable[[str | int, str | None], Goal]
+    budgets: Sequence[str | None]
+    sizes: Sequence[str | None]
+    is_table: bool
+
+
+def predict(
+    model: str,
+    asked: Asked,
+    gpu: str | None,
+    device: str | None,
+    dtype: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    card = outlook.card(gpu, device or session.default_device())
+    whole_bytes = outlook.whole_card_bytes(gpu, card)
+    goals = [asked.goal(b or whole_bytes, s) for s in asked.sizes for b in asked.budgets]
+    with _others_quiet():
+        found = outlook.outlooks(model, goals, card, dtype)
+    if asked.is_table:
+        if as_json:
+            print(json.dumps([outlook.document(o) for o in found], indent=2))
+        else:
+            print(outlook.table(found))
+        return
+    forecast = outlook.fitting(found[0])
+    if output is not None:
+        store.save_document(outlook.document(found[0]), output)
+    if as_json:
+        print(json.dumps(outlook.document(found[0]), indent=2))
+    else:
+        print(outlook.lines(found[0], forecast))
+
+
+@contextmanager
+def _others_quiet() -> Iterator[None]:
+    """Without the libraries' advice on how a pipeline is written: it is not the user's."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggings: list[Any] = [diffusers_logging, transformers_logging]
+    before = [logging.get_verbosity() for logging in loggings]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logging in loggings:
+            logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            for logging, verbosity in zip(loggings, before, strict=True):
+                logging.set_verbosity(verbosity)
+
+
+def whole_card(device: str | None) -> int:
+    """The budget where none is given.
+
+    Raises:
+        BadInput: the device is a CPU.
+    """
+    target = device or session.default_device()
+    if not target.startswith("cuda"):
+        raise BadInput(f"budget: {target} has no card to fill; give one, as --budget 8GB")
+    device_named(target)
+    return outlook.whole_card_bytes(None, probe_device(target))
 
 
 def probe(device: str | None, fresh: bool, as_json: bool) -> None:

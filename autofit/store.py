@@ -128,6 +128,15 @@ def save(profile: Profile, path: str | Path) -> None:
     _write(header + to_yaml(document(profile)), Path(path))
 
 
+def save_document(data: Mapping[str, Any], path: str | Path) -> None:
+    """Write a prediction's document, as a profile's is written.
+
+    Raises:
+        BadInput: the folder is missing or cannot be written to.
+    """
+    _write("# autofit prediction: not measured, and so not applied\n" + to_yaml(data), Path(path))
+
+
 def _write(text: str, target: Path) -> None:
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -180,6 +189,8 @@ def _profile(data: Any) -> Profile:
         raise ValueError(
             f"schema {version} is newer than this autofit reads ({SCHEMA}): upgrade autofit"
         )
+    if "predicted" in data:
+        raise ValueError("a prediction, which nothing measured: run autofit plan on that card")
     # By way of JSON, where strict validation takes a list for a tuple and text for an enum.
     found: Any = _document_model().model_validate_json(json.dumps(data))
     techniques = [KINDS[entry.technique](**_settings(entry)) for entry in found.plan]

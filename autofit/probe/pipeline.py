@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autofit import anatomy
 from autofit.spec import BlockList, Component, Pipeline
@@ -105,13 +107,20 @@ def _component(name: str, module: nn.Module) -> Component:
 def _bytes(owners: Iterable[nn.Module]) -> int:
     """Bytes of the distinct tensors that these modules own themselves: tied weights count once."""
     found = {
-        t.data_ptr() or id(t): t.numel() * t.element_size()
+        _address(t): t.numel() * t.element_size()
         for owner in owners
         for table in (owner._parameters, owner._buffers)
         for t in table.values()
         if t is not None
     }
     return sum(found.values())
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """What tells its memory from other memory; tensors without any are told apart by themselves."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return id(tensor)
+    return tensor.data_ptr() or id(tensor)
 
 
 def _dtype(module: nn.Module) -> str:

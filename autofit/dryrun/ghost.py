@@ -1,0 +1,189 @@
+"""Pipelines without weights: from a built-in's code, or from the small JSON files of a folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autofit import anatomy
+from autofit.architectures.checkpoint import torch_dtype
+from autofit.spec import BadInput
+
+# Not run: they judge the finished image, or serve inputs that a text prompt does not use.
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Ghost:
+    """A pipe to run on fake tensors of ``mode``; ``dtype`` is what its weights are cast to."""
+
+    pipe: Any
+    dtype: str | None = None
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+
+class _AnyScalar(TorchDispatchMode):
+    """Answers a fake tensor's ``item()``: schedulers ask while they are built, and are built again
+    outside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
+
+
+def builtin(name: str, dtype: str) -> Ghost:
+    """Build a built-in architecture without weights: its position tables too are fake."""
+    from autofit.architectures import published, tiny
+
+    torch_dtype(dtype)  # refuses what weights cannot have
+    ghost = Ghost(None, dtype)
+    with ghost.mode, _AnyScalar():
+        pipe = (tiny.PIPELINES | published.PIPELINES)[name]()
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    for module in anatomy.modules(pipe).values():
+        module.eval()
+    return Ghost(pipe, dtype, ghost.mode)
+
+
+def from_folder(folder: Path, dtype: str | None) -> Ghost:
+    """Build a saved pipeline from its JSON files alone: tokenizers are stood in for.
+
+    Without ``dtype`` the weights have the one that most text encoders' configurations name.
+
+    Raises:
+        BadInput: no ``model_index.json``, or classes and files that are not there.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise BadInput(f"{folder} has no model_index.json; save_pretrained() makes one")
+    entries = json.loads(index.read_text("utf-8"))
+    ghost = Ghost(None, dtype)
+    if dtype is not None:
+        torch_dtype(dtype)
+    try:
+        pipe = _pipeline(folder, entries, ghost.mode)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"folder {folder}: {type(error).__name__}: {error}") from error
+    return Ghost(pipe, dtype or _named_dtype(pipe), ghost.mode)
+
+
+def _pipeline(folder: Path, entries: dict[str, Any], mode: FakeTensorMode) -> Any:
+    parts: dict[str, Any] = {}
+    for name, entry in entries.items():
+        if name in _UNUSED:
+            parts[name] = None
+        elif isinstance(entry, list):
+            parts[name] = _component(folder / name, entry, mode)
+        elif not name.startswith("_"):
+            parts[name] = entry
+    return getattr(diffusers, entries["_class_name"])(**parts)
+
+
+def _component(folder: Path, entry: list[str | None], mode: FakeTensorMode) -> Any:
+    library, cls_name = entry
+    if cls_name is None:
+        return None
+    if "Tokenizer" in cls_name:
+        return _Tokenizer(folder)
+    if library == "diffusers":
+        cls = getattr(diffusers, cls_name)
+        config = cls.load_config(folder)
+        if "Scheduler" in cls_name:
+            return cls.from_config(config)
+        with mode:
+            return cls.from_config(config).eval()
+    cls = getattr(transformers, cls_name)
+    config = cls.config_class.from_json_file(folder / "config.json")
+    with mode:
+        return cls(config).eval()
+
+
+def _named_dtype(pipe: Any) -> str:
+    named: Counter[str] = Counter()
+    for module in anatomy.modules(pipe).values():
+        config: Any = module.config
+        if (dtype := getattr(config, "dtype", None)) is not None:
+            named[str(dtype).removeprefix("torch.")] += 1
+    return named.most_common(1)[0][0] if named else "float32"
+
+
+class _Tokenizer:
+    """Tokens of no meaning, as many as the true tokenizer pads to."""
+
+    SHORT = 8  # of a prompt that nothing pads
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self.model_max_length = int(config.get("model_max_length", 77))
+
+    def __call__(
+        self, text: str | list[str], padding: str | bool = False, max_length: int | None = None,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        count = 1 if isinstance(text, str) else len(text)
+        length = max_length or self.model_max_length
+        if padding != "max_length":
+            length = min(self.SHORT, length)
+        ids, mask = (torch.tensor([[value] * length] * count) for value in (0, 1))
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pipelines look here for tokens of textual inversions: none are loaded."""
+        return []
+
+
+@contextmanager
+def hollow(pipe: Any, mode: FakeTensorMode) -> Iterator[None]:
+    """Fake tensors in place of all weights of the pipe; on exit the same weights are back."""
+    with ExitStack() as stack:
+        for name in _UNUSED:
+            if getattr(pipe, name, None) is not None:
+                stack.enter_context(anatomy.attribute(pipe, name, None))
+        for module in anatomy.modules(pipe).values():
+            stack.enter_context(anatomy.weights_held(module))
+            stack.enter_context(anatomy.attribute(module, "to", _caster(module)))
+            with mode:
+                replace_tensors(module, lambda t: t.dtype)
+        yield
+
+
+def _caster(module: nn.Module) -> Any:
+    """``module.to`` for fake weights, which torch cannot swap. Pipelines cast their VAE so."""
+
+    def to(*args: Any, dtype: torch.dtype | None = None, **_: Any) -> nn.Module:
+        target = next((a for a in args if isinstance(a, torch.dtype)), dtype)
+        if target is not None:
+            replace_tensors(module, lambda t: target if t.is_floating_point() else t.dtype)
+        return module
+
+    return to
+
+
+def replace_tensors(module: nn.Module, dtype_of: Any) -> None:
+    """New tensors of the same shapes, tied ones tied. Under a fake mode they take no memory."""
+    made: dict[int, torch.Tensor] = {}
+    for owner, name, old in list(anatomy.tensors(module)):
+        if id(old) not in made:
+            new = torch.empty(old.shape, dtype=dtype_of(old), device="cpu")
+            is_parameter = name in owner._parameters
+            made[id(old)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
+        table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+        table[name] = made[id(old)]

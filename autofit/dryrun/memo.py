@@ -1,0 +1,113 @@
+"""What dry runs found, kept in this process and on disk. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import platformdirs
+
+from autofit.roofline import Operation, PhaseFacts
+
+# The facts follow from the code of these, whatever the model.
+PACKAGES = ("torch", "diffusers", "transformers")
+_OWN = Path(__file__).parent.parent
+_OWN_CODE = ("dryrun/*.py", "roofline.py", "architectures/*.py", "techniques/*.py")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the VAE is given, and what is live meanwhile beside the weights and these."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class Front:
+    """All before decoding: encoding, one step, and the latents."""
+
+    encode: PhaseFacts
+    step: PhaseFacts
+    latents: Latents
+
+
+Found = TypeVar("Found", Front, PhaseFacts)
+_MEMORY: dict[str, Any] = {}
+
+
+def digest(*parts: Any) -> str:
+    """Hash what facts depend on, the versions of libraries and our own code included."""
+    versions = [(package, metadata.version(package)) for package in PACKAGES]
+    return hashlib.sha256(repr((parts, versions, _code())).encode()).hexdigest()[:24]
+
+
+def remembered(key: str, kind: type[Found], make: Callable[[], Found]) -> Found:
+    """Look up in memory, then on disk; else make it and keep it in both."""
+    if key not in _MEMORY:
+        found = _read(key, kind)
+        if found is None:
+            found = make()
+            _write(key, found)
+        _MEMORY[key] = found
+    known: Found = _MEMORY[key]
+    return known
+
+
+def forget() -> None:
+    """Empty this process's memory; the files stay."""
+    _MEMORY.clear()
+
+
+def folder() -> Path:
+    home = os.environ.get("AUTOFIT_HOME")
+    base = Path(home) / "cache" if home else Path(platformdirs.user_cache_dir("autofit"))
+    return base / "dryrun"
+
+
+def _read(key: str, kind: type[Found]) -> Found | None:
+    try:
+        data = json.loads((folder() / f"{key}.json").read_bytes())
+        return _front(data) if kind is Front else _facts(data)  # type: ignore[return-value]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # never made, or cut short: made anew
+
+
+def _write(key: str, found: Front | PhaseFacts) -> None:
+    path = folder() / f"{key}.json"
+    with suppress(OSError):  # a folder that cannot be written costs some seconds the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(dataclasses.asdict(found)), "utf-8")
+        partial.replace(path)
+
+
+def _front(data: dict[str, Any]) -> Front:
+    latents = data["latents"]
+    return Front(
+        _facts(data["encode"]),
+        _facts(data["step"]),
+        Latents(tuple(latents["shape"]), latents["dtype"], latents["held_bytes"]),
+    )
+
+
+def _facts(data: dict[str, Any]) -> PhaseFacts:
+    operations = tuple(Operation(**o) for o in data["operations"])
+    return PhaseFacts(data["activation_bytes"], data["tensor_bytes"], operations)
+
+
+def _code() -> str:
+    digest = hashlib.sha256()
+    for pattern in _OWN_CODE:
+        for path in sorted(_OWN.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

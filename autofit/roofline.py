@@ -1,0 +1,106 @@
+"""Operations counted -> seconds on a device. Plain arithmetic, no torch.
+
+A roofline for each operation: ``max(operations / rate, bytes / bandwidth)``, summed; and what
+Python needs to launch them all, which bounds small work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autofit.spec import Device
+
+# Shares of the matrix rate that Device holds, fitted to an H200's trials (tests/golden) and to the
+# seconds of tests/test_roofline.py: products at the rate itself, convolutions without their layout
+# copies, attention by cuDNN. Other cards are taken to have the same shares.
+CONVOLUTION_SHARE, ATTENTION_SHARE = 0.2, 0.63
+# Heads too wide for cuDNN and flash take a general kernel. A head fills whole tiles: 40 costs 64.
+FUSED_HEAD, WIDE_SHARE, HEAD_TILE = 256, 0.22, 64
+# cuDNN convolves float32 in TF32 unless told otherwise, from Ampere on: as fast as float16 there.
+TF32_CAPABILITY = (8, 0)
+# Of the bandwidth that a copy of 256 MiB reaches, what a model's kernels and layout copies do.
+BANDWIDTH_SHARE = 0.62
+KERNEL_S = 5e-6  # the least that one kernel takes on the device
+LAUNCH_S = 2.85e-5  # of Python, diffusers and torch for one kernel, on the host of the H200
+# What cuBLAS works in, by torch's own rule: taken at the first product, and kept.
+BLAS_BYTES, HOPPER_BLAS_BYTES, HOPPER = 8_519_680, 33_554_432, (9, 0)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Equal operations of one phase; ``flops`` and ``moved_bytes`` are of one of them."""
+
+    name: str  # of the ATen operator; "attention" and "rms_norm" are single kernels, as on CUDA
+    dtype: str
+    flops: int
+    moved_bytes: int  # read plus written
+    count: int
+    head_size: int = 0  # of attention
+
+
+@dataclass(frozen=True)
+class PhaseFacts:
+    """What one run of a phase needs.
+
+    ``activation_bytes`` are live at once at most, beside the weights: tensors, and the copies that
+    cuDNN works in where a convolution's input is not channels-last. ``tensor_bytes`` are without
+    these copies. An allocator's rounding and ``blas_bytes`` come on top.
+    """
+
+    activation_bytes: int
+    tensor_bytes: int
+    operations: tuple[Operation, ...]
+
+    @property
+    def flops(self) -> int:
+        return sum(o.flops * o.count for o in self.operations)
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(o.moved_bytes * o.count for o in self.operations)
+
+    @property
+    def launches(self) -> int:
+        return sum(o.count for o in self.operations)
+
+
+def blas_bytes(device: Device) -> int:
+    """Workspace of matrix products, of the allocator's, in every phase."""
+    if device.kind != "cuda":
+        return 0
+    return HOPPER_BLAS_BYTES if (device.capability or (0, 0)) >= HOPPER else BLAS_BYTES
+
+
+def seconds(facts: PhaseFacts, device: Device) -> float:
+    """Seconds of one run of a phase, its weights on the device and nothing else to do there.
+
+    Launching runs ahead of the device, so the longer of the two counts, not their sum.
+    """
+    busy_s = sum(o.count * operation_s(o, device) for o in facts.operations)
+    return max(busy_s, facts.launches * LAUNCH_S) if device.kind == "cuda" else busy_s
+
+
+def operation_s(operation: Operation, device: Device) -> float:
+    """Seconds of one of these operations alone."""
+    moving_s = operation.moved_bytes / (BANDWIDTH_SHARE * device.memory_bytes_s)
+    return max(operation.flops / rate(operation, device), moving_s, KERNEL_S)
+
+
+def rate(operation: Operation, device: Device) -> float:
+    """Floating-point operations a second that a model's kernels of this sort reach."""
+    slowest = min(device.flops_s.values())
+    plain = device.flops_s.get(operation.dtype, slowest)
+    if operation.name == "attention":
+        wide = operation.head_size > FUSED_HEAD
+        return plain * (WIDE_SHARE if wide else ATTENTION_SHARE * _filled(operation.head_size))
+    if operation.name == "convolution":
+        if operation.dtype == "float32" and (device.capability or (0, 0)) >= TF32_CAPABILITY:
+            plain = device.flops_s.get("float16", plain)
+        return plain * CONVOLUTION_SHARE
+    return plain
+
+
+def _filled(head_size: int) -> float:
+    """Of the kernel's tile, what a head fills: a head of 40 takes the time of one of 64."""
+    return head_size / (HEAD_TILE * math.ceil(head_size / HEAD_TILE)) if head_size else 1.0
