@@ -203,7 +203,7 @@ def test_ctrl_c_outside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--budget", "1GB", "--device", "tpu"), r"device 'tpu': not a device; write .+"),
         (("--budget", "1GB", "--output", "no/x.yaml"), r"output .+: there is no folder 'no'"),
         (("--budget", "1GB", "--output", "."), r"output '.' is a folder; give a file in it"),
-        ((), r"Missing option '--budget'\."),
+        (("--device", "cpu"), r"budget: cpu has no card to fill; give one, as --budget 8GB"),
         (("--budget", "1GB", "--memory", "8"), r"No such option: --memory.*"),
         pytest.param(
             ("--budget", "1GB", "--device", "cuda:0"),

@@ -162,6 +162,7 @@ BY_HAND: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", BY_HAND)
 def test_a_published_transformer_does_two_operations_a_weight_and_token(model: str) -> None:
     hidden, passes, parts = BY_HAND[model]
@@ -248,6 +249,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", [("flux-dev", 1024, 1024, 1), ("sd15", 3840, 2224, 2)], ids=lambda a: a[0]
 )

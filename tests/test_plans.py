@@ -17,7 +17,7 @@ from autofit.techniques import CANDIDATES
 from autofit.trial import generate
 
 WORKLOAD = Workload(64, 64, 2, batch=2, passes=2)
-PLANS = 12  # a pipeline
+PLANS = 6  # a pipeline
 # Compiling to C++ takes half a minute a plan here; the contract suite applies it to every pipeline.
 LEFT_OUT = ("regional_compile", "cuda_graph(compiled)")
 

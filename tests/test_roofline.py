@@ -70,6 +70,7 @@ def device() -> Device:
     return Recorded(GOLDEN[0]).task().device
 
 
+@pytest.mark.slow
 def test_bytes_are_near_those_that_the_gpu_held() -> None:
     errors = []
     for model, recorded, attempt, measured in trials():
@@ -106,6 +107,7 @@ def seconds() -> Iterator[tuple[str, float, float]]:
                 yield f"{model} {phase.value} {plan.label}", said_s, true_s
 
 
+@pytest.mark.slow
 def test_seconds_are_near_those_that_the_gpu_took() -> None:
     errors = []
     for label, said_s, true_s in seconds():
