@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from autofit.interrupts import uninterrupted
 from autofit.plain import plain
 from autofit.sampler import PlanSampler, Task, best_attempt
 from autofit.spec import Attempt, Failure, Measurement, Outcome, Plan, Why
@@ -77,29 +78,44 @@ def search(
         best, elapsed_s = best_attempt(sampler.attempts, task), time.monotonic() - start
         on_progress(Progress(number, plan, outcome, best, elapsed_s, limits))
 
-    for _ in range(limits.trials):
-        due = next(filter(sampler.is_due, first), None)
-        plan = sampler.completed(due) if due else sampler.propose()
-        if plan is None or time.monotonic() - start > limits.timeout_s:
-            break
-        trial = _ask(study, sampler, plan)
-        notify(trial.number, plan, None)
+    def attempt(plan: Plan) -> None:
+        with uninterrupted():
+            trial = _ask(study, sampler, plan)
         try:
+            notify(trial.number, plan, None)
             outcome = measure(plan, _give_up_s(best_attempt(sampler.attempts, task)))
         except KeyboardInterrupt:
-            study.tell(trial, state=TrialState.FAIL)
-            return Found(tuple(sampler.attempts), sampler.leanest(), interrupted=True)
-        _tell(study, trial, task, Attempt(plan, outcome))
-        sampler.learn(plan, outcome)
+            with uninterrupted():
+                study.tell(trial, state=TrialState.FAIL)
+            raise
+        with uninterrupted():
+            _tell(study, trial, task, Attempt(plan, outcome))
+            sampler.learn(plan, outcome)
         notify(trial.number, plan, outcome)
-    return Found(tuple(sampler.attempts), sampler.leanest())
+
+    interrupted = False
+    try:
+        for _ in range(limits.trials):
+            due = next(filter(sampler.is_due, first), None)
+            plan = sampler.completed(due) if due else sampler.propose()
+            if plan is None or time.monotonic() - start > limits.timeout_s:
+                break
+            attempt(plan)
+    except KeyboardInterrupt:
+        interrupted = True
+    return Found(tuple(sampler.attempts), sampler.leanest(), interrupted)
 
 
 def _open(storage: Any, name: str | None, sampler: PlanSampler) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=storage, study_name=name, sampler=sampler, load_if_exists=True, direction="minimize"
-    )
+    with uninterrupted():
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            sampler=sampler,
+            load_if_exists=True,
+            direction="minimize",
+        )
     sampler.recall(study.get_trials(deepcopy=False))
     return study
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,14 @@ class Pipes:
 
     def discard(self, name: str) -> None:
         self._built.pop(name, None)
+
+
+@pytest.fixture
+def hears_interrupts() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, also where whoever runs the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "autofit"
 ROWS = (
-    {"spec"},
+    {"spec", "interrupts"},
     {"units"},
     {"plain"},
     {"anatomy", "host", "roofline"},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 from worlds import CARD, LARGE, SDXL, World, gib, opened
 
@@ -113,6 +115,29 @@ def test_resumes_where_an_interrupt_left_it(tmp_path: Path) -> None:
     again = search(task(gib(6)), world.measure, storage=storage(tmp_path / "study"), name="s")
     assert not again.interrupted
     assert again.attempts == alone.attempts
+    assert len(set(world.calls)) == len(world.calls)
+
+
+@pytest.mark.parametrize(
+    ("operation", "told"),
+    [(JournalOperation.CREATE_TRIAL, 0), (JournalOperation.SET_TRIAL_STATE_VALUES, 1)],
+)
+def test_an_interrupt_in_the_middle_of_a_write_leaves_the_study_whole(
+    tmp_path: Path, hears_interrupts: None, operation: JournalOperation, told: int
+) -> None:
+    class Interrupted(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            if logs[0]["op_code"] == operation:
+                signal.raise_signal(signal.SIGINT)
+            super().append_logs(logs)
+
+    world, path = World(gib(6)), tmp_path / "study"
+    broken = optuna.storages.JournalStorage(Interrupted(str(path)))
+    first = search(task(gib(6)), world.measure, storage=broken, name="s")
+    assert first.interrupted
+    assert len(first.attempts) == len(world.calls) == told
+    again = search(task(gib(6)), world.measure, storage=storage(path), name="s")
+    assert again.attempts[:told] == first.attempts
     assert len(set(world.calls)) == len(world.calls)
 
 
