@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from autofit.spec import AutofitError, BadInput, NothingFits, Plan, Profile, Workload
 
 if TYPE_CHECKING:
-    from autofit.session import Applied, apply, plan
+    from autofit.applied import Applied
+    from autofit.session import apply, plan
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import nn
-
+from autofit.lazy import nn, torch
 from autofit.spec import BadInput, Role
 
 DENOISERS = ("transformer", "unet")
@@ -47,6 +46,19 @@ def denoiser(pipe: Any) -> nn.Module:
 
 def vae(pipe: Any) -> Any | None:
     return next((m for n, m in modules(pipe).items() if role(n) is Role.VAE), None)
+
+
+def upcasts(pipe: Any) -> bool:
+    """Whether a float16 VAE is decoded in float32: its configuration asks, but few pipelines read
+    that (``force_upcast`` is True unless said otherwise)."""
+    found = vae(pipe)
+    asks = found is not None and bool(found.config.get("force_upcast", False))
+    return asks and call_says(pipe, "force_upcast")
+
+
+def call_says(pipe: Any, text: str) -> bool:
+    """Whether the source of the pipeline's call has this text: what it does, it says nowhere."""
+    return text in inspect.getsource(type(pipe).__call__)
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from autofit import cost
 from autofit.rooms import STEP
 from autofit.sampler import Task, ran_out, ranking
@@ -23,7 +25,7 @@ from autofit.spec import (
 from autofit.trial import Measurer, Request
 
 MAX_VERIFIED = 3  # plans verified in full, while the first is slower than the next one's trial
-REFERENCE_SLOWER = 40.0  # a reference predicted this much slower than the fastest is not worth it
+REFERENCE_SLOWER = 10.0  # a reference predicted this much slower than the fastest takes too long
 
 
 class Trials:
@@ -33,12 +35,30 @@ class Trials:
         """``image`` is the file of the study's reference, kept from run to run."""
         self.measurer, self.task, self._image = measurer, task, image
         self._set_aside_bytes = 0
+        self._began = False
         self.first = [r] if (r := self._choose_reference()) else []
 
     def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
-        """One trial. The first that succeeds is the reference that the others are compared with."""
-        if self._image.exists():
-            return self._measure(plan, give_up_s=give_up_s, reference=self._image)
+        """One trial. The first that succeeds is the reference that the others are compared with;
+        other processes of this machine wait for its image."""
+        if not self._image.exists():
+            with FileLock(self._image.with_suffix(".lock")):
+                if not self._image.exists():
+                    return self._without_image(plan)
+        return self._measure(plan, give_up_s=give_up_s, reference=self._image)
+
+    def _without_image(self, plan: Plan) -> Outcome:
+        """A trial whose image is kept. Where another machine of the study has measured the
+        reference, that is run here first, for its image alone."""
+        began, self._began = self._began, True
+        if not began and self.first and not _same_but_weights(plan, self.first[0]):
+            task = self.task
+            facts = task.pipeline, task.device, task.workload
+            reference = cost.fitted(self.first[0], *facts, task.budget_bytes, task.basis)
+            if reference is not None:
+                self._measure(reference, output=self._image)
+            if self._image.exists():
+                return self._measure(plan, reference=self._image)
         return self._measure(plan, output=self._image)
 
     def verify(self, found: Found) -> Attempt:
@@ -106,13 +126,19 @@ class Trials:
         rows, fastest_s = [], math.inf
         facts = task.pipeline, task.device, task.workload
         for plan in task.plans:
-            completed = cost.fitted(plan, *facts, task.budget_bytes)
+            completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
             if completed is None:
                 continue
-            predicted = cost.predict(completed, *facts)
+            predicted = cost.predict(completed, *facts, task.basis)
             if predicted.peak_bytes <= task.budget_bytes:
                 fastest_s = min(fastest_s, predicted.image_s)
                 key = (plan.fidelity.rank, len(plan.techniques), predicted.image_s)
                 rows.append((key, plan))
         rows = [row for row in rows if row[0][-1] <= REFERENCE_SLOWER * fastest_s]
         return min(rows, key=lambda row: row[0], default=(None, None))[1]
+
+
+def _same_but_weights(one: Plan, other: Plan) -> bool:
+    """Whether two plans differ at most in the weights that an open placement was given."""
+    placements = one.placement, other.placement
+    return one.techniques[:-1] == other.techniques[:-1] and placements[0].name == placements[1].name

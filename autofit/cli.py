@@ -1,6 +1,7 @@
-"""autofit probe | plan | run | show | models | gpus. Parses, calls, prints; an error is one line.
+"""autofit probe | plan | run | show | verify | profiles | models | gpus. Parses, calls, prints.
 
-Results go to stdout, progress and tables to stderr: ``autofit plan ... --json | jq`` works.
+Results go to stdout, progress and tables to stderr: ``autofit plan ... --json | jq`` works. An
+error is one line of stderr.
 Exit code 0: done; 1: a fault of ours; 2: bad input; 3: nothing fits; 130: interrupted.
 """
 
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autofit import units
+from autofit import shelf, units
 from autofit.spec import AutofitError, BadInput
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(shelf.app, name="profiles")
 
 Model = Annotated[str, typer.Argument(help="A built-in model, a local folder, or a Hub id.")]
 Device = Annotated[
@@ -63,6 +65,7 @@ def plan(
     images: Images = "20",
     storage: Storage = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
+    workers: Annotated[str, typer.Option(help="Search on this many GPUs at once.")] = "1",
     output: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Predict for a card of the table (`autofit gpus`).")
@@ -83,10 +86,10 @@ def plan(
     With --dry-run, --gpu, --budgets or --sizes it is predicted instead, in seconds and without a
     GPU: what would fit, and how fast.
     """
-    from autofit import commands, planner
+    from autofit import goals
 
-    def goal_of(budget: str | int, size: str | None) -> planner.Goal:
-        return planner.Goal(
+    def goal_of(budget: str | int, size: str | None) -> goals.Goal:
+        return goals.Goal(
             budget=units.parse_size(budget) if isinstance(budget, str) else budget,
             size=units.parse_pixels(size) if size is not None else None,
             batch=_count("batch", batch),
@@ -96,15 +99,19 @@ def plan(
         )
 
     if dry_run or gpu is not None or budgets is not None or sizes is not None:
-        asked = commands.Asked(
+        from autofit import predicting
+
+        asked = predicting.Asked(
             goal_of,
             budgets=_either("budget", budget, budgets),
             sizes=_either("size", size, sizes),
             is_table=budgets is not None or sizes is not None,
         )
         _check_folder(output)
-        commands.predict(model, asked, gpu, device, dtype, output, as_json)
+        predicting.predict(model, asked, gpu, device, dtype, output, as_json)
         return
+    from autofit import commands, planner
+
     goal = goal_of(budget or commands.whole_card(device), size)
     effort = planner.Effort(
         trials=_count("trials", trials),
@@ -114,7 +121,8 @@ def plan(
         fresh=fresh,
     )
     _check_folder(output)
-    commands.plan(model, goal, effort, device, dtype, output, as_json)
+    count = _count("workers", workers)
+    commands.plan(model, goal, effort, device, dtype, output, as_json, count)
 
 
 @app.command()
@@ -170,6 +178,34 @@ def show(
     from autofit import commands
 
     commands.show(profile, why, as_json)
+
+
+@app.command()
+def verify(
+    profile: Annotated[Path, typer.Argument(help="A profile's file.")],
+    model: Model,
+    device: Device = None,
+    dtype: Dtype = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Predict for a card of the table instead (`autofit gpus`).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the profile here, not in its place.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a profile's plan on this machine and add what came of it to the profile."""
+    if gpu is not None and (device is not None or output is not None):
+        raise BadInput(
+            f"gpu {gpu!r} is predicted, not measured: leave out --device and --output, or --gpu"
+        )
+    from autofit import verifying
+
+    _check_folder(output)
+    if gpu is not None:
+        verifying.predict(profile, model, gpu, dtype, as_json)
+    else:
+        verifying.verify(profile, model, device, dtype, output, as_json)
 
 
 @app.command()

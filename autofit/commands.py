@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from autofit import architectures, gpus, outlook, report, session, store
-from autofit.planner import RESUMES, Effort, Goal, Interrupted, Listener, Planned, find_plan
+from autofit import architectures, gpus, outlook, report, session, store, tables, team
+from autofit.foresight import Foresight
+from autofit.goals import Goal
+from autofit.planner import RESUMES, Effort, Interrupted, Listener, Planned, find_plan
 from autofit.probe import device_named, probe_device
 from autofit.search import Progress
 from autofit.spec import BadInput, Device, Failure, Measurement
@@ -33,23 +33,38 @@ def plan(
     dtype: str | None,
     output: Path | None,
     as_json: bool,
+    workers: int = 1,
 ) -> None:
     console = _console()
     target = device or session.default_device()
     # Found out before the model is loaded; not probed, which would take memory from the worker's.
     device_named(target)
+    others = team.devices(target, workers)[1:]
     start = time.monotonic()
+    helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
-        with _watched(console, goal) as listener:
-            listener.stage(f"loading {model} in a worker on {target}")
+        with _watched(console, goal) as listener, closing(helpers):
+            listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
+            foresight = Foresight(model, goal, target, dtype)
             with session.measuring(model, target, dtype) as measurer:
-                planned = find_plan(measurer, goal, effort, listener=listener, defaults=model)
+                planned = find_plan(
+                    measurer,
+                    goal,
+                    effort,
+                    listener=listener,
+                    defaults=model,
+                    foresee=foresight.basis,
+                    helped=helpers,
+                )
     except Interrupted as stopped:
         best = stopped.best.plan if stopped.best else None
-        console.print(report.trials_table(stopped.attempts, best, goal.budget_bytes))
+        console.print(tables.trials_table(stopped.attempts, best, goal.budget_bytes))
         raise
     except KeyboardInterrupt:  # while loading, between two trials, or verifying
         raise Interrupted(RESUMES, (), None) from None
+    finally:
+        for fault in helpers.faults:
+            console.print(f"warning: {fault}", style="yellow")
     path = session.keep(planned)
     if output is not None:
         store.save(planned.profile, output)
@@ -60,74 +75,17 @@ def _show_planned(
     console: Console, planned: Planned, path: Path, took_s: float, as_json: bool
 ) -> None:
     profile = planned.profile
-    console.print(report.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
+    console.print(tables.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
     console.print(f"{len(planned.attempts)} trials, planned in {format_seconds(took_s)}")
     if as_json:
+        subject = planned.subject
         found = report.study_json(
-            profile, planned.attempts, planned.subject.pipeline, planned.subject.device
+            profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
         )
         print(json.dumps(found | {"path": str(path), "plan_s": took_s}, indent=2))
     else:
-        print(report.profile_lines(profile))
+        print(report.profile_lines(profile, planned.limit_s))
         print(f"profile   {path}")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be predicted: all budgets with all sizes; None is the card's, the model's own."""
-
-    goal: Callable[[str | int, str | None], Goal]
-    budgets: Sequence[str | None]
-    sizes: Sequence[str | None]
-    is_table: bool
-
-
-def predict(
-    model: str,
-    asked: Asked,
-    gpu: str | None,
-    device: str | None,
-    dtype: str | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    card = outlook.card(gpu, device or session.default_device())
-    whole_bytes = outlook.whole_card_bytes(gpu, card)
-    goals = [asked.goal(b or whole_bytes, s) for s in asked.sizes for b in asked.budgets]
-    with _others_quiet():
-        found = outlook.outlooks(model, goals, card, dtype)
-    if asked.is_table:
-        if as_json:
-            print(json.dumps([outlook.document(o) for o in found], indent=2))
-        else:
-            print(outlook.table(found))
-        return
-    forecast = outlook.fitting(found[0])
-    if output is not None:
-        store.save_document(outlook.document(found[0]), output)
-    if as_json:
-        print(json.dumps(outlook.document(found[0]), indent=2))
-    else:
-        print(outlook.lines(found[0], forecast))
-
-
-@contextmanager
-def _others_quiet() -> Iterator[None]:
-    """Without the libraries' advice on how a pipeline is written: it is not the user's."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    loggings: list[Any] = [diffusers_logging, transformers_logging]
-    before = [logging.get_verbosity() for logging in loggings]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logging in loggings:
-            logging.set_verbosity_error()
-        try:
-            yield
-        finally:
-            for logging, verbosity in zip(loggings, before, strict=True):
-                logging.set_verbosity(verbosity)
 
 
 def whole_card(device: str | None) -> int:
@@ -155,7 +113,7 @@ def _show_device(found: Device, as_json: bool) -> None:
     if as_json:
         print(report.device_json(found))
     else:
-        Console(highlight=False).print(report.device_table(found))
+        Console(highlight=False).print(tables.device_table(found))
 
 
 def run(
@@ -171,7 +129,8 @@ def run(
     session.check_image(output)
     device_named(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
-    with session.apply(pipe, profile=profile, device=device):
+    with session.apply(pipe, profile=profile, device=device) as fit:
+        _console().print(f"match     {fit.match}")
         start = time.perf_counter()
         images = session.generate(pipe, profile.workload, prompt, seed)
         took_s = time.perf_counter() - start
@@ -191,7 +150,7 @@ def show(path: Path, why: bool, as_json: bool) -> None:
         data = json.loads(report.profile_json(profile))
         print(json.dumps(data if reasons is None else {"profile": data, "why": reasons}, indent=2))
         return
-    print(report.profile_lines(profile))
+    print(report.profile_lines(profile, reasons and reasons.get("limit_s")))
     if reasons is not None:
         print("\n" + report.why_lines(reasons))
 

@@ -4,11 +4,15 @@ Peak = max over phases of (weights on the device + activations of the phase, and
 + what is not tensors.
 Seconds of a phase = compute, with the phase's weight traffic behind it or after it.
 
-The activation and work figures are priors by order of magnitude, good for choosing which trials
-come first; the search corrects them by what it measures (``surrogate.py``).
+What a phase needs by itself comes from a dry run (``Basis``), else from priors by order of
+magnitude, good for choosing which trials come first; the search corrects either by what it measures
+(``surrogate.py``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from autofit import host
 from autofit.spec import (
@@ -52,7 +56,23 @@ UNET_SHARE = 0.12
 DECODE_FLOPS_PX = 5e7
 
 
-def predict(plan: Plan, pipeline: Pipeline, device: Device, workload: Workload) -> Prediction:
+@dataclass(frozen=True)
+class Plain:
+    """One run of a phase with nothing applied but a precision, its weights on the device."""
+
+    activation_bytes: int
+    compute_s: float
+
+
+# What a dry run found (``forecast.basis``), by the denoiser's dtype; where nothing is known of a
+# phase, the priors below stand in.
+Basis = Mapping[tuple[str, Phase], Plain]
+_NOTHING: Basis = {}
+
+
+def predict(
+    plan: Plan, pipeline: Pipeline, device: Device, workload: Workload, basis: Basis = _NOTHING
+) -> Prediction:
     """Predict peak bytes and seconds an image for any legal plan."""
     facts = plan.facts(pipeline)
     fragments = fragmentation(device)
@@ -60,14 +80,20 @@ def predict(plan: Plan, pipeline: Pipeline, device: Device, workload: Workload) 
         p: weight_bytes(plan, facts, p)
         + int(
             fragments
-            * (activation_bytes(plan, facts, workload, p) + left_bytes(plan, facts, workload, p))
+            * (
+                activation_bytes(plan, facts, workload, p, basis)
+                + left_bytes(plan, facts, workload, p, basis)
+            )
         )
         for p in Phase
     }
-    phase_s = {p: seconds(plan, facts, device, workload, p) for p in Phase}
-    image_s = phase_s[Phase.ENCODE] + workload.steps * phase_s[Phase.STEP] + phase_s[Phase.DECODE]
+    phase_s = {p: seconds(plan, facts, device, workload, p, basis) for p in Phase}
     peak_bytes = max(phase_bytes.values()) + outside_bytes(device)
-    return Prediction(peak_bytes, image_s, phase_s, phase_bytes)
+    return Prediction(peak_bytes, image_s(phase_s, workload.steps), phase_s, phase_bytes)
+
+
+def image_s(phase_s: Mapping[Phase, float], steps: int) -> float:
+    return phase_s[Phase.ENCODE] + steps * phase_s[Phase.STEP] + phase_s[Phase.DECODE]
 
 
 def fragmentation(device: Device) -> float:
@@ -84,13 +110,24 @@ def outside_bytes(device: Device) -> int:
 
 
 def fitted(
-    plan: Plan, pipeline: Pipeline, device: Device, workload: Workload, budget_bytes: int
+    plan: Plan,
+    pipeline: Pipeline,
+    device: Device,
+    workload: Workload,
+    budget_bytes: int,
+    basis: Basis = _NOTHING,
 ) -> Plan | None:
     """Complete an open plan for a budget; None where it cannot do with so little."""
     if not plan.placement.is_open:
         return plan
+    least_bytes = predict(plan, pipeline, device, workload, basis).peak_bytes
+    return filled(plan, pipeline, least_bytes, budget_bytes)
+
+
+def filled(plan: Plan, pipeline: Pipeline, least_bytes: int, budget_bytes: int) -> Plan | None:
+    """Give an open plan the weights that the budget leaves. ``least_bytes`` is its predicted peak
+    with the fewest; None where even these are too many."""
     facts = plan.facts(pipeline)
-    least_bytes = predict(plan, pipeline, device, workload).peak_bytes
     beside_bytes = least_bytes - held_bytes(plan.placement, facts)
     room_bytes = int(budget_bytes * (1 - MARGIN)) - beside_bytes
     placement = plan.placement.fitted(facts, room_bytes)
@@ -122,43 +159,73 @@ def weight_bytes(plan: Plan, facts: Pipeline, phase: Phase) -> int:
     return plan.placement.resident_bytes(facts, phase)
 
 
-def activation_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> int:
-    if phase is Phase.ENCODE:
-        encoders = facts.of_role(Role.ENCODER)
-        plain = ENCODE_SHARE * workload.batch * max((c.weight_bytes for c in encoders), default=0)
-    elif phase is Phase.STEP:
-        plain = float(_positions(facts, workload) * facts.hidden_size * STEP_TENSORS)
-        plain *= DTYPE_BYTES[facts.denoiser.dtype]
-    else:
-        plain = float(workload.pixels * workload.batch * workload.frames * facts.vae_channels)
-        plain *= DECODE_TENSORS * DTYPE_BYTES[_decode_dtype(facts)]
+def activation_bytes(
+    plan: Plan, facts: Pipeline, workload: Workload, phase: Phase, basis: Basis = _NOTHING
+) -> int:
+    known = basis.get((facts.denoiser.dtype, phase))
+    plain = known.activation_bytes if known else _activation_bytes(facts, workload, phase)
     return int(plain * _effect(plan, facts, workload, phase).activations)
 
 
-def left_bytes(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> int:
+def _activation_bytes(facts: Pipeline, workload: Workload, phase: Phase) -> float:
+    if phase is Phase.ENCODE:
+        encoders = facts.of_role(Role.ENCODER)
+        largest_bytes = max((c.weight_bytes for c in encoders), default=0)
+        return ENCODE_SHARE * workload.batch * largest_bytes
+    if phase is Phase.STEP:
+        values = _positions(facts, workload) * facts.hidden_size * STEP_TENSORS
+        return float(values * DTYPE_BYTES[facts.denoiser.dtype])
+    values = workload.pixels * workload.batch * workload.frames * facts.vae_channels
+    return float(values * DECODE_TENSORS * DTYPE_BYTES[_decode_dtype(facts)])
+
+
+def left_bytes(
+    plan: Plan, facts: Pipeline, workload: Workload, phase: Phase, basis: Basis = _NOTHING
+) -> int:
     """Memory of the other phases' activations that stays taken in this one."""
     left = (p for p in Phase if p is not phase and stays(plan, facts, workload, p))
-    return sum(activation_bytes(plan, facts, workload, p) for p in left)
+    return sum(activation_bytes(plan, facts, workload, p, basis) for p in left)
 
 
 def stays(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> bool:
     return _effect(plan, facts, workload, phase).stays
 
 
-def seconds(plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase) -> float:
+def seconds(
+    plan: Plan,
+    facts: Pipeline,
+    device: Device,
+    workload: Workload,
+    phase: Phase,
+    basis: Basis = _NOTHING,
+) -> float:
     """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
-    busy_s = compute_s(plan, facts, device, workload, phase)
-    traffic = plan.placement.traffic(facts, phase)
+    busy_s = compute_s(plan, facts, device, workload, phase, basis)
+    return moved_s(busy_s, plan.placement.traffic(facts, phase), facts, device, phase)
+
+
+def moved_s(
+    busy_s: float, traffic: Traffic, facts: Pipeline, device: Device, phase: Phase
+) -> float:
+    """Seconds of a phase that computes for ``busy_s``, with its transfers."""
     moving_s = transfer_s(traffic, facts, device, phase)
     return max(busy_s, moving_s) if traffic.overlaps else busy_s + moving_s
 
 
 def compute_s(
-    plan: Plan, facts: Pipeline, device: Device, workload: Workload, phase: Phase
+    plan: Plan,
+    facts: Pipeline,
+    device: Device,
+    workload: Workload,
+    phase: Phase,
+    basis: Basis = _NOTHING,
 ) -> float:
     """One phase without its transfers; the hooks that start these count, Python runs them."""
-    effect = _effect(plan, facts, workload, phase)
-    busy_s = _work(facts, workload, phase) * effect.seconds / _rate(facts, device, phase)
+    known = basis.get((facts.denoiser.dtype, phase))
+    plain_s = (
+        known.compute_s if known else _work(facts, workload, phase) / _rate(facts, device, phase)
+    )
+    busy_s = plain_s * _effect(plan, facts, workload, phase).seconds
     return busy_s + plan.placement.traffic(facts, phase).hooks * HOOK_S
 
 

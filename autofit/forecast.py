@@ -8,10 +8,11 @@ decode, guidance and placement. What execution and attention kernels gain has to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from autofit import cost, roofline
+from autofit import cost, limits, roofline
 from autofit.dryrun import DryRun
 from autofit.roofline import PhaseFacts
 from autofit.spec import (
@@ -45,18 +46,52 @@ class Forecast:
     limit_s: float
 
 
+def basis(
+    dry: DryRun,
+    pipeline: Pipeline,
+    device: Device,
+    workload: Workload,
+    precisions: Iterable[Technique | None],
+) -> cost.Basis:
+    """Find what each phase needs by itself under each precision; None is as loaded.
+
+    Raises:
+        BadInput: the pipeline cannot be run without values.
+    """
+    found = {}
+    for precision in precisions:
+        facts = precision.facts(pipeline) if precision else pipeline
+        for phase, phase_facts in dry.phases(workload, [precision] if precision else []).items():
+            plain = cost.Plain(phase_facts.activation_bytes, roofline.seconds(phase_facts, device))
+            found[facts.denoiser.dtype, phase] = plain
+    return found
+
+
 class Forecaster:
     """Predicts plans of one model for one workload on one device."""
 
-    def __init__(self, dry: DryRun, pipeline: Pipeline, device: Device, workload: Workload) -> None:
-        self._dry, self._pipeline = dry, pipeline
+    def __init__(
+        self,
+        dry: DryRun,
+        pipeline: Pipeline,
+        device: Device,
+        workload: Workload,
+        worst: Fidelity = Fidelity.LOSSY,
+    ) -> None:
+        self._dry, self._pipeline, self._worst = dry, pipeline, worst
         self._device, self._workload = device, workload
         self._known: dict[tuple[Technique, ...], Mapping[Phase, PhaseFacts]] = {}
 
-    def plans(self, worst: Fidelity = Fidelity.LOSSY) -> tuple[Plan, ...]:
-        """All legal plans whose techniques can be predicted."""
-        found = legal_plans(self._pipeline, self._device, self._workload, worst)
+    @cached_property
+    def plans(self) -> tuple[Plan, ...]:
+        """All legal plans as faithful as ``worst`` whose techniques can be predicted."""
+        found = legal_plans(self._pipeline, self._device, self._workload, self._worst)
         return tuple(p for p in found if all(t.slot in PREDICTED for t in p.techniques))
+
+    @cached_property
+    def smallest_bytes(self) -> int:
+        """The least peak of all plans, open placements holding the least."""
+        return min(self.predict(plan).peak_bytes for plan in self.plans)
 
     def predict(self, plan: Plan) -> Prediction:
         """Predict a plan; one whose placement is open holds the least."""
@@ -66,50 +101,37 @@ class Forecaster:
             for p, f in phases.items()
         }
         phase_s = {p: self._seconds(plan, facts, p, f) for p, f in phases.items()}
-        image_s = sum(_times(p, self._workload) * phase_s[p] for p in Phase)
+        image_s = cost.image_s(phase_s, self._workload.steps)
         peak_bytes = max(phase_bytes.values()) + self._beside_bytes()
         return Prediction(peak_bytes, image_s, phase_s, phase_bytes)
 
-    def best(self, plans: Sequence[Plan], budget_bytes: int) -> Forecast | None:
+    def best(self, budget_bytes: int) -> Forecast | None:
         """The fastest plan predicted to fit, open placements completed; None: nothing fits."""
-        found: list[tuple[float, int, int, Forecast]] = []
-        for opened in plans:
+        found: list[tuple[float, int, int, Plan, Prediction]] = []
+        for opened in self.plans:
             plan = self._completed(opened, budget_bytes)
             predicted = None if plan is None else self.predict(plan)
             if plan is None or predicted is None or predicted.peak_bytes > budget_bytes:
                 continue
-            forecast = Forecast(plan, predicted, self.limit_s(plan, budget_bytes))
-            found.append((predicted.image_s, plan.fidelity.rank, len(plan.techniques), forecast))
-        return min(found, key=lambda row: row[:3])[-1] if found else None
-
-    def smallest_bytes(self, plans: Sequence[Plan]) -> int:
-        """The least peak of all plans, open placements holding the least."""
-        return min(self.predict(plan).peak_bytes for plan in plans)
+            rank, count = plan.fidelity.rank, len(plan.techniques)
+            found.append((predicted.image_s, rank, count, plan, predicted))
+        if not found:
+            return None
+        *_, plan, predicted = min(found, key=lambda row: row[:3])
+        return Forecast(plan, predicted, self.limit_s(plan, budget_bytes))
 
     def limit_s(self, plan: Plan, budget_bytes: int) -> float:
-        """Seconds an image if only what the budget cannot hold were moved, and hidden as far as
-        can be: ``max(compute, bytes / bus)`` in each phase."""
+        """Seconds an image if only what the budget cannot hold were moved: see ``limits.py``."""
         facts, phases = plan.facts(self._pipeline), self._phases(plan)
-        room_bytes = budget_bytes - self._beside_bytes()
-        room_bytes -= max(f.activation_bytes for f in phases.values())
-        denoiser_bytes = facts.denoiser.weight_bytes
-        encoder_bytes = sum(c.weight_bytes for c in facts.of_role(Role.ENCODER))
-        step_s = roofline.seconds(phases[Phase.STEP], self._device)
-        hidden_bytes = int(step_s * self._device.pinned_bytes_s)
-        left_bytes = room_bytes - min(room_bytes, max(0, denoiser_bytes - hidden_bytes))
-        moved_bytes = {
-            Phase.ENCODE: max(0, encoder_bytes - left_bytes),
-            Phase.STEP: max(0, denoiser_bytes - room_bytes),
-            Phase.DECODE: 0,
-        }
-        return sum(
-            _times(p, self._workload)
-            * max(
-                roofline.seconds(phases[p], self._device),
-                moved_bytes[p] / self._device.pinned_bytes_s,
-            )
-            for p in Phase
+        activation_bytes = max(f.activation_bytes for f in phases.values())
+        limit = limits.limit(
+            {p: roofline.seconds(f, self._device) for p, f in phases.items()},
+            denoiser_bytes=facts.denoiser.weight_bytes,
+            encoder_bytes=sum(c.weight_bytes for c in facts.of_role(Role.ENCODER)),
+            room_bytes=budget_bytes - self._beside_bytes() - activation_bytes,
+            bus_bytes_s=self._device.pinned_bytes_s,
         )
+        return cost.image_s(limit.phase_s, self._workload.steps)
 
     def _phases(self, plan: Plan) -> Mapping[Phase, PhaseFacts]:
         key = plan.techniques[:-1]
@@ -124,19 +146,10 @@ class Forecaster:
         """An open plan gets what the budget leaves beside its activations."""
         if not opened.placement.is_open:
             return opened
-        facts = opened.facts(self._pipeline)
-        held_bytes = cost.held_bytes(opened.placement, facts)
-        beside_bytes = self.predict(opened).peak_bytes - held_bytes
-        room_bytes = int(budget_bytes * (1 - cost.MARGIN)) - beside_bytes
-        placement = opened.placement.fitted(facts, room_bytes)
-        return None if placement is None else cost.placed(opened, placement)
+        least_bytes = self.predict(opened).peak_bytes
+        return cost.filled(opened, self._pipeline, least_bytes, budget_bytes)
 
     def _seconds(self, plan: Plan, facts: Pipeline, phase: Phase, phase_facts: PhaseFacts) -> float:
         traffic = plan.placement.traffic(facts, phase)
         busy_s = roofline.seconds(phase_facts, self._device) + traffic.hooks * cost.HOOK_S
-        moving_s = cost.transfer_s(traffic, facts, self._device, phase)
-        return max(busy_s, moving_s) if traffic.overlaps else busy_s + moving_s
-
-
-def _times(phase: Phase, workload: Workload) -> int:
-    return workload.steps if phase is Phase.STEP else 1
+        return cost.moved_s(busy_s, traffic, facts, self._device, phase)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autofit import gpus, probe, report
+from autofit import gpus, report
 from autofit.dryrun import DryRun
 from autofit.forecast import PEAK_BAND, TIME_BAND, Forecast, Forecaster
+from autofit.goals import Goal, fidelity_named, too_little, workload_for
 from autofit.plain import SCHEMA, plain
-from autofit.planner import Goal, fidelity_named, workload_for
-from autofit.spec import BadInput, Device, NothingFits, Phase, Pipeline, Workload
+from autofit.spec import BadInput, Device, Fidelity, Phase, Pipeline, Workload
 from autofit.units import format_bytes, format_seconds
 
 
@@ -39,21 +39,19 @@ def outlooks(
     """
     dry = DryRun(model, dtype=dtype)
     pipeline = dry.pipeline
-    forecasters: dict[Workload, Forecaster] = {}
+    forecasters: dict[tuple[Workload, Fidelity], Forecaster] = {}
     found = []
     for goal in goals:
-        workload = workload_for(pipeline, goal, model)
-        if workload not in forecasters:
-            forecasters[workload] = Forecaster(dry, pipeline, device, workload)
-        forecaster = forecasters[workload]
-        plans = forecaster.plans(fidelity_named(goal.fidelity))
-        best = forecaster.best(plans, goal.budget_bytes)
-        least_bytes = forecaster.smallest_bytes(plans)
+        workload, worst = workload_for(pipeline, goal, model), fidelity_named(goal.fidelity)
+        if (workload, worst) not in forecasters:
+            forecasters[workload, worst] = Forecaster(dry, pipeline, device, workload, worst)
+        forecaster = forecasters[workload, worst]
+        best, least_bytes = forecaster.best(goal.budget_bytes), forecaster.smallest_bytes
         found.append(Outlook(pipeline, device, workload, goal.budget_bytes, best, least_bytes))
     return found
 
 
-def card(gpu: str | None, device: str) -> Device:
+def card(gpu: str | None, device: str | None) -> Device:
     """The device to predict for: a card of the table, else the one that is here.
 
     Raises:
@@ -61,11 +59,13 @@ def card(gpu: str | None, device: str) -> Device:
     """
     if gpu is not None:
         return gpus.device_for(gpu)
-    if not device.startswith("cuda"):
+    if device is None or not device.startswith("cuda"):
         raise BadInput(
             "dry run: there is no CUDA device here to predict for; name one, as --gpu rtx-4060"
             " (`autofit gpus` lists them)"
         )
+    from autofit import probe
+
     return probe.probe_device(device)
 
 
@@ -82,13 +82,8 @@ def fitting(outlook: Outlook) -> Forecast:
         NothingFits: there is none.
     """
     if outlook.forecast is None:
-        smallest, budget = map(format_bytes, (outlook.smallest_bytes, outlook.budget_bytes))
-        enough = -(-outlook.smallest_bytes // 10**6)
-        raise NothingFits(
-            f"no plan is predicted to fit {budget}; the smallest needs {smallest}:"
-            f" try --budget {enough}MB",
-            outlook.smallest_bytes,
-        )
+        budget = format_bytes(outlook.budget_bytes)
+        raise too_little(f"no plan is predicted to fit {budget}", outlook.smallest_bytes)
     return outlook.forecast
 
 
@@ -120,24 +115,22 @@ def document(outlook: Outlook) -> dict[str, Any]:
 
 def lines(outlook: Outlook, forecast: Forecast) -> str:
     """A fact a line: the plan, what it should need and take, and how sure that is."""
-    predicted, workload, device = forecast.predicted, outlook.workload, outlook.device
-    share = forecast.limit_s / predicted.image_s
+    predicted, device = forecast.predicted, outlook.device
     parts = {p: format_seconds(predicted.phase_s[p]) for p in Phase}
     techniques = report.plan_text(forecast.plan).split(" + ")
     rows = [
-        ("pipeline", f"{outlook.pipeline.cls}, {workload.width}x{workload.height},"
-         f" {workload.steps} steps, batch {workload.batch}"),
-        *zip(["plan"] + [""] * (len(techniques) - 1), techniques, strict=True),
+        ("pipeline", f"{outlook.pipeline.cls}, {report.workload_text(outlook.workload)}"),
+        ("plan", *techniques),
         ("peak", f"about {format_bytes(predicted.peak_bytes)} of"
          f" {format_bytes(outlook.budget_bytes)}"),
         ("time", f"about {format_seconds(predicted.image_s)} a generation: encode"
-         f" {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}"),
-        ("", f"{share:.0%} of what this card can do within the budget"),
+         f" {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}",
+         report.share_text(forecast.limit_s, predicted.image_s)),
         ("predicted", f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within"
          f" {TIME_BAND:.0%} on the H200 that these figures were checked on"),
         ("on", f"{device.name}, {format_bytes(device.total_bytes)}"),
     ]  # fmt: skip
-    return "\n".join(f"{name:<10}{text}" for name, text in rows)
+    return report.fact_lines(rows)
 
 
 def table(outlooks: Sequence[Outlook]) -> str:

@@ -27,7 +27,7 @@ class PhaseTable:
     """All distinct ways in which the plans run one phase."""
 
     def __init__(self, plans: Sequence[Plan], facts: Sequence[Pipeline], device: Device,
-                 workload: Workload, phase: Phase) -> None:  # fmt: skip
+                 workload: Workload, phase: Phase, basis: cost.Basis) -> None:  # fmt: skip
         rows: dict[tuple[Technique, ...], int] = {}
         first: list[int] = []
         self.index = np.empty(len(plans), dtype=np.int64)
@@ -45,14 +45,18 @@ class PhaseTable:
         self.stays = np.array([cost.stays(p, f, workload, phase) for p, f in at])
         self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
         times = [
-            (cost.compute_s if p.placement.is_open else cost.seconds)(p, f, device, workload, phase)
+            (cost.compute_s if p.placement.is_open else cost.seconds)(
+                p, f, device, workload, phase, basis
+            )
             for p, f in at
         ]
         self.seconds = Corrected(np.array(times), self.features)
         traffics = [p.placement.traffic(f, phase) for p, f in at]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
         self.activations = Corrected(
-            np.array([cost.activation_bytes(p, f, workload, phase) for p, f in at], dtype=float)
+            np.array(
+                [cost.activation_bytes(p, f, workload, phase, basis) for p, f in at], dtype=float
+            )
             + ACTIVATION_FLOOR,
             self.features,
         )

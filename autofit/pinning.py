@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import nn
-
 from autofit import anatomy, host
+from autofit.lazy import nn, torch
 from autofit.units import MIB
 
 SMALLEST_BYTES = MIB  # below it a registration costs more than the pinned copy

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from autofit.spec import Plan, Profile, Technique
+from autofit.spec import Evidence, Measurement, Plan, Profile, Technique
 
-SCHEMA = 1  # of the profile document; a change of its keys or their meaning adds one
-MAX_DEPTH = 16  # the deepest value of a profile is at depth 4
+SCHEMA = 2  # of the profile document; a change of its keys or their meaning adds one
+MAX_DEPTH = 12  # the deepest value of a profile is at depth 6
+MAX_NODES = 50_000  # a profile has some 200, and 100 more for each machine; read in 1 s
 
 
 def plain(value: Any) -> Any:
@@ -37,16 +38,32 @@ def plain(value: Any) -> Any:
 
 
 def document(profile: Profile) -> dict[str, Any]:
-    """Lay a profile out as it is stored: the keys of schema 1, in order."""
+    """Lay a profile out as it is stored: the keys of schema 2, in order, empty lists left out."""
+    described = {"components": plain(profile.components), "adapters": plain(profile.adapters)}
+    added = {"ladder": plain(profile.ladder), "evidence": [*map(_evidence, profile.evidence)]}
     return {
         "schema": SCHEMA,
-        "pipeline": {"cls": profile.pipeline, "fingerprint": profile.fingerprint},
+        "pipeline": {"cls": profile.pipeline, "fingerprint": profile.fingerprint}
+        | _filled(described),
         "workload": plain(profile.workload),
         "budget_bytes": profile.budget_bytes,
         "plan": plain(profile.plan),
         "measured": plain(profile.measured),
         "on": plain(profile.on),
+        **_filled(added),
     }
+
+
+def _filled(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: items for key, items in lists.items() if items}
+
+
+def _evidence(evidence: Evidence) -> dict[str, Any]:
+    outcome = plain(evidence.outcome)
+    if isinstance(evidence.outcome, Measurement):
+        return {"measured": outcome, "on": plain(evidence.on)}
+    del outcome["detail"]
+    return {"failure": outcome, "on": plain(evidence.on)}
 
 
 # ---------------------------------------------------------------- YAML
@@ -63,7 +80,7 @@ class _Loader(yaml.SafeLoader):
     reads 1:30 as 90 and 010 as 8.
     """
 
-    depth = 0
+    depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -73,6 +90,9 @@ class _Loader(yaml.SafeLoader):
             raise _fault("tags are not read", event)
         if self.depth == MAX_DEPTH:
             raise _fault("nested too deeply", event)
+        if self.nodes == MAX_NODES:
+            raise _fault(f"more than {MAX_NODES} values", event)
+        self.nodes += 1
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-from autofit import architectures, studies, techniques
+from autofit import cost, limits, studies, techniques
 from autofit.budgeted import Trials
+from autofit.goals import Goal, fidelity_named, too_little, workload_for
+from autofit.match import environment
 from autofit.sampler import Task, is_fault, ranking
 from autofit.search import Found, Limits, Progress, search
 from autofit.spec import (
     Attempt,
     AutofitError,
-    BadInput,
-    Environment,
     Failure,
-    Fidelity,
     Measurement,
     NothingFits,
-    Pipeline,
+    Part,
     Profile,
+    Rung,
     Technique,
-    Workload,
 )
 from autofit.techniques.space import legal_plans
 from autofit.trial import Measurer, Subject
-from autofit.units import format_bytes, parse_size
+from autofit.units import format_bytes
 
-# A cap this close to the card's memory is the card's own; below it, the cap is emulated.
-WHOLE_CARD = 0.9
-SUGGESTION = 1.02  # on the smallest peak measured, so that what we suggest works
+RUNGS = 4  # of a profile's ladder, at most
+CLEAR_STEP = 0.9  # of the peak before it: the most that the next rung may need
 RESUMES = "interrupted; the same command resumes"
+
+Foresee = Callable[[Task], cost.Basis]
 
 
 class Interrupted(AutofitError):
@@ -44,36 +45,6 @@ class Interrupted(AutofitError):
     def __init__(self, message: str, attempts: tuple[Attempt, ...], best: Attempt | None) -> None:
         super().__init__(message)
         self.attempts, self.best = attempts, best
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What to plan for, as the caller said it; None takes the model's own default.
-
-    Raises:
-        BadInput: a value that no model could make; that is found out before one is loaded.
-    """
-
-    budget: str | int
-    size: tuple[int, int] | None = None
-    batch: int = 1
-    steps: int | None = None
-    frames: int = 1
-    fidelity: str = "lossy"
-
-    def __post_init__(self) -> None:
-        _budget_bytes(self.budget)
-        fidelity_named(self.fidelity)
-        if self.size is not None and len(self.size) != 2:
-            raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
-        for name in ("batch", "steps", "frames"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise BadInput(f"{name} {count} is below 1; write for example --{name} 1")
-
-    @property
-    def budget_bytes(self) -> int:
-        return _budget_bytes(self.budget)
 
 
 @dataclass(frozen=True)
@@ -89,6 +60,11 @@ class Effort:
     images: int = 20
     storage: str | None = None
     fresh: bool = False
+
+    @property
+    def joined(self) -> Effort:
+        """The effort of one who helps: what was measured is forgotten once, by who planned."""
+        return replace(self, fresh=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +84,12 @@ class Planned:
     ruled_out: tuple[tuple[Technique, str], ...]
     subject: Subject
 
+    @property
+    def limit_s(self) -> float | None:
+        """The least that an image can take within the budget, where the trials tell."""
+        subject = self.subject
+        return limits.image_limit_s(self.profile, self.attempts, subject.pipeline, subject.device)
+
 
 def find_plan(
     measurer: Measurer,
@@ -116,58 +98,55 @@ def find_plan(
     *,
     listener: Listener = Listener(),
     defaults: str | None = None,
+    foresee: Foresee = lambda _: {},
+    helped: AbstractContextManager[Any] | None = None,
 ) -> Planned:
-    """Search and verify. ``defaults`` names a built-in model whose size and steps are taken."""
+    """Search and verify. ``defaults`` names a built-in model whose size and steps are taken.
+    ``foresee`` says of a task what is known of each phase before a trial; ``helped`` is entered
+    while the study is searched, for others to search it too."""
+    task, trials, searched = _begun(measurer, goal, effort, defaults, foresee)
+    pipeline, device, workload = task.pipeline, task.device, task.workload
+    listener.stage(f"{len(task.plans)} legal plans for {pipeline.cls} on {device.name}")
+    with helped or nullcontext():
+        found = searched(on_progress=listener.progress)
+    _check_found(task, found, trials)
+    listener.stage("verifying in full, twice, under the cap")
+    winner = trials.verify(found)
+    profile = _profile(task, winner, found.attempts)
+    options = techniques.options(pipeline, device, workload)
+    ruled_out = tuple((t, why) for t, why in options if why)
+    return Planned(profile, found.attempts, ruled_out, measurer.subject)
+
+
+def help_search(
+    measurer: Measurer, goal: Goal, effort: Effort, defaults: str | None, foresee: Foresee
+) -> None:
+    """Search along with whoever plans the same: all that is found is in the study."""
+    searched = _begun(measurer, goal, effort, defaults, foresee)[-1]
+    searched()
+
+
+def _begun(
+    measurer: Measurer, goal: Goal, effort: Effort, defaults: str | None, foresee: Foresee
+) -> tuple[Task, Trials, Callable[..., Found]]:
+    """What is searched for, who measures it, and the search itself, its study opened."""
     pipeline, device = measurer.subject.pipeline, measurer.subject.device
     workload = workload_for(pipeline, goal, defaults)
     plans = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
     task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
+    task = replace(task, basis=foresee(task))
     name = _study_name(task, goal)
     trials = Trials(measurer, task, studies.image(name, fresh=effort.fresh))
-    listener.stage(f"{len(plans)} legal plans for {pipeline.cls} on {device.name}")
-    found = search(
+    searched = partial(
+        search,
         task,
         trials.short,
         limits=Limits(effort.trials, effort.timeout_s),
         first=trials.first,
         storage=studies.storage(effort.storage, name, fresh=effort.fresh),
         name=name,
-        on_progress=listener.progress,
     )
-    _check_found(task, found, trials)
-    listener.stage("verifying in full, twice, under the cap")
-    winner = trials.verify(found)
-    assert isinstance(winner.outcome, Measurement)
-    profile = Profile(
-        pipeline.cls, pipeline.fingerprint, workload, goal.budget_bytes, winner.plan,
-        winner.outcome, _environment(task),
-    )  # fmt: skip
-    options = techniques.options(pipeline, device, workload)
-    ruled_out = tuple((t, why) for t, why in options if why)
-    return Planned(profile, found.attempts, ruled_out, measurer.subject)
-
-
-def workload_for(pipeline: Pipeline, goal: Goal, defaults: str | None = None) -> Workload:
-    """The workload that is asked for, checked against what the pipe can make.
-
-    Raises:
-        BadInput: a side that the VAE and the denoiser cannot divide.
-    """
-    known = next((a for a in architectures.ARCHITECTURES if a.name == defaults), None)
-    own = (
-        (known.width, known.height) if known else (pipeline.default_width, pipeline.default_height)
-    )
-    width, height = goal.size or own
-    multiple = pipeline.size_multiple_px
-    if width % multiple or height % multiple or min(width, height) < multiple:
-        near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-        raise BadInput(
-            f"size {width}x{height}: {pipeline.cls} needs multiples of {multiple} pixels;"
-            f" the nearest is {near[0]}x{near[1]}"
-        )
-    own_steps = known.steps if known else pipeline.default_steps
-    steps = own_steps if goal.steps is None else goal.steps
-    return Workload(width, height, steps, goal.batch, goal.frames, pipeline.default_passes)
+    return task, trials, searched
 
 
 def _check_found(task: Task, found: Found, trials: Trials) -> None:
@@ -188,38 +167,35 @@ def _check_found(task: Task, found: Found, trials: Trials) -> None:
         raise NothingFits(
             f"none of {len(task.plans)} plans fits {budget}, nor runs without a cap", None
         )
-    enough = math.ceil(smallest * SUGGESTION / 1e6)
-    raise NothingFits(
-        f"none of {len(task.plans)} plans fits {budget}; the smallest needs"
-        f" {format_bytes(smallest)}: try --budget {enough}MB",
-        smallest,
+    raise too_little(f"none of {len(task.plans)} plans fits {budget}", smallest)
+
+
+def _profile(task: Task, winner: Attempt, attempts: Iterable[Attempt]) -> Profile:
+    assert isinstance(winner.outcome, Measurement)
+    return Profile(
+        pipeline=task.pipeline.cls,
+        fingerprint=task.pipeline.fingerprint,
+        workload=task.workload,
+        budget_bytes=task.budget_bytes,
+        plan=winner.plan,
+        measured=winner.outcome,
+        on=environment(task.device, task.budget_bytes),
+        components=tuple(map(Part.of, task.pipeline.components)),
+        adapters=task.pipeline.adapters,
+        ladder=ladder(attempts, winner.outcome.peak_bytes),
     )
 
 
-def _budget_bytes(budget: str | int) -> int:
-    if isinstance(budget, str):
-        return parse_size(budget)
-    if not isinstance(budget, int):
-        raise BadInput(f"budget {budget!r}: give a text such as '8GB', or whole bytes")
-    if budget <= 0:
-        raise BadInput(f"budget {budget} bytes is not above zero; write for example '8GB'")
-    return budget
-
-
-def fidelity_named(text: str) -> Fidelity:
-    try:
-        return Fidelity(text)
-    except ValueError:
-        known = ", ".join(f.value for f in Fidelity)
-        raise BadInput(f"fidelity {text!r}: one of {known}") from None
-
-
-def _environment(task: Task) -> Environment:
-    device = task.device
-    cap: Literal["emulated", "card", "tracked"] = "tracked"
-    if device.kind == "cuda":
-        cap = "emulated" if task.budget_bytes < WHOLE_CARD * device.total_bytes else "card"
-    return Environment(device.name, device.capability, device.total_bytes, cap, device.versions)
+def ladder(attempts: Iterable[Attempt], peak_bytes: int) -> tuple[Rung, ...]:
+    """The next leaner plans that a study measured below the winner's peak: each needs clearly less
+    memory than the one before it, and is the fastest that does."""
+    rungs: list[Rung] = []
+    measured = (Rung(a.plan, a.outcome) for a in attempts if isinstance(a.outcome, Measurement))
+    for rung in sorted(measured, key=lambda r: r.measured.image_s):
+        if rung.measured.peak_bytes <= CLEAR_STEP * peak_bytes:
+            rungs.append(rung)
+            peak_bytes = rung.measured.peak_bytes
+    return tuple(rungs[:RUNGS])
 
 
 def _study_name(task: Task, goal: Goal) -> str:

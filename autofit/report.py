@@ -1,16 +1,12 @@
-"""Profiles, trials and devices as text and tables for a reader, and as JSON for a program."""
+"""Profiles as text for a reader; profiles, trials and devices as JSON for a program."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from autofit.plain import document, plain
 from autofit.spec import (
@@ -18,14 +14,12 @@ from autofit.spec import (
     Device,
     Environment,
     Failure,
-    Fidelity,
     Measurement,
     Outcome,
     Pipeline,
     Plan,
     Profile,
     Technique,
-    Why,
     Workload,
 )
 from autofit.units import format_bytes, format_seconds
@@ -35,36 +29,51 @@ CAPS = {
     "card": "budget of the card itself",
     "tracked": "CPU: the peak is that of live tensors",
 }
-DETAILED = (Why.ERROR, Why.BAD_OUTPUT, Why.CRASH, Why.HANG)  # the others say all by their name
 
 
 # ---------------------------------------------------------------- one profile
 
 
-def profile_lines(profile: Profile) -> str:
-    """Say what a profile does, what it costs and where that was measured, a fact a line."""
+def profile_lines(profile: Profile, limit_s: float | None = None) -> str:
+    """Say what a profile does, what it costs and where that was measured, a fact a line.
+
+    ``limit_s`` is the least that an image can take (``limits.py``), where its study shows that.
+    """
     measured, budget_bytes = profile.measured, profile.budget_bytes
     share = measured.peak_bytes / budget_bytes
-    techniques = [_text(t, t.settings) for t in profile.plan.techniques]
+    limit = [] if limit_s is None else [f"at least {share_text(limit_s, measured.image_s)}"]
     rows = [
-        ("pipeline", f"{profile.pipeline}, {_shape(profile.workload)}"),
-        *zip(["plan"] + [""] * (len(techniques) - 1), techniques, strict=True),
+        ("pipeline", f"{profile.pipeline}, {workload_text(profile.workload)}"),
+        ("plan", *(_text(t, t.settings) for t in profile.plan.techniques)),
         (
             "peak",
             f"{format_bytes(measured.peak_bytes)} of {format_bytes(budget_bytes)} ({share:.0%})",
         ),
-        ("time", _time(measured, profile.workload)),
+        ("time", _time(measured, profile.workload), *limit),
         ("warm-up", format_seconds(measured.warmup_s)),
         ("output", _output(profile.plan, measured)),
         ("measured", _how(measured)),
-        ("on", _where(profile.on)),
-        ("", CAPS[profile.on.cap]),
+        ("on", _where(profile.on), CAPS[profile.on.cap]),
         ("versions", ", ".join(f"{k} {v}" for k, v in profile.on.versions.items()) or "unknown"),
     ]
-    return "\n".join(f"{name:<10}{text}" for name, text in rows)
+    return fact_lines(rows)
 
 
-def _shape(workload: Workload) -> str:
+def fact_lines(rows: Iterable[tuple[str, ...]]) -> str:
+    """Lay out facts, each a name and a line or more."""
+    return "\n".join(
+        f"{'' if number else name:<10}{text}"
+        for name, *texts in rows
+        for number, text in enumerate(texts)
+    )
+
+
+def share_text(limit_s: float, image_s: float) -> str:
+    """Say how near an image's seconds come to the least that they can be."""
+    return f"{min(1.0, limit_s / image_s):.0%} of what this device can do within the budget"
+
+
+def workload_text(workload: Workload) -> str:
     parts = [f"{workload.width}x{workload.height}", f"{workload.steps} steps"]
     if workload.batch > 1:
         parts.append(f"batch {workload.batch}")
@@ -127,131 +136,6 @@ def _text(technique: Technique, settings: Mapping[str, Any]) -> str:
     return f"{technique.name}({text})" if text else technique.name
 
 
-# ---------------------------------------------------------------- the trials of a study
-
-
-def trials_table(attempts: Sequence[Attempt], best: Plan | None, budget_bytes: int) -> Table:
-    """Show a row a trial: the best first, then by seconds, failures last.
-
-    The seconds are those of a whole generation. Trials keep the number of their turn.
-    """
-    table = Table(title=f"{len(attempts)} trials within {format_bytes(budget_bytes)}")
-    for name in ("#", "plan", "seconds", "peak", "PSNR", "result"):
-        words = name in ("plan", "result")
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
-    winner = _winner(attempts, best)
-    for number, attempt in _ranked(attempts, winner):
-        result = _result(attempt, winner, budget_bytes)
-        text = plan_text(attempt.plan)
-        cells = map(Text, (str(number), text, *_figures(attempt), result))  # Text: no markup read
-        table.add_row(*cells, style="bold green" if attempt is winner else None)
-    return table
-
-
-def _winner(attempts: Iterable[Attempt], best: Plan | None) -> Attempt | None:
-    """The trial that speaks for the best plan: its verification if there was one."""
-    measured = (
-        (not a.outcome.verified, a.outcome.image_s, number, a)
-        for number, a in enumerate(attempts)
-        if a.plan == best and isinstance(a.outcome, Measurement)
-    )
-    return min(measured, default=(None,))[-1]
-
-
-def _ranked(attempts: Sequence[Attempt], winner: Attempt | None) -> list[tuple[int, Attempt]]:
-    def key(numbered: tuple[int, Attempt]) -> tuple[bool, float]:
-        outcome = numbered[1].outcome
-        seconds = outcome.image_s if isinstance(outcome, Measurement) else math.inf
-        return numbered[1] is not winner, seconds
-
-    return sorted(enumerate(attempts, 1), key=key)
-
-
-def _figures(attempt: Attempt) -> tuple[str, str, str]:
-    outcome = attempt.outcome
-    if isinstance(outcome, Failure):
-        return "", "", ""
-    psnr = outcome.psnr_db
-    if psnr is None:
-        fidelity = "exact" if attempt.plan.fidelity is Fidelity.EXACT else ""
-    else:
-        fidelity = "exact" if math.isinf(psnr) else f"{psnr:.1f} dB"
-    return format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes), fidelity
-
-
-def _result(attempt: Attempt, winner: Attempt | None, budget_bytes: int) -> str:
-    outcome = attempt.outcome
-    if isinstance(outcome, Failure):
-        return _failure(outcome)
-    if outcome.peak_bytes > budget_bytes:
-        return f"over the budget by {format_bytes(outcome.peak_bytes - budget_bytes)}"
-    if winner is None or not isinstance(winner.outcome, Measurement):
-        return ""
-    if attempt is winner or attempt.plan == winner.plan:
-        return "best" if attempt is winner else "same plan as the best"
-    slower = outcome.image_s / winner.outcome.image_s - 1
-    if slower <= 0:
-        return "faster, " + ("but not chosen" if outcome.verified else "in a short trial only")
-    return f"slower than the best by {slower:.{0 if slower >= 0.01 else 2}%}"
-
-
-def _failure(failure: Failure) -> str:
-    text = failure.why.value
-    if failure.phase is not None:
-        text += f" in {failure.phase.value}"
-    if failure.needed_bytes is not None:
-        text += f", needed {format_bytes(failure.needed_bytes)}"
-    first = failure.detail.strip().partition("\n")[0]
-    return f"{text}: {first}" if first and failure.why in DETAILED else text
-
-
-# ---------------------------------------------------------------- a device
-
-
-def device_table(device: Device) -> Table:
-    """Show what was found out about a device, or what the GPU table has of it, said to be so."""
-    table = Table(title=Text(device.name), show_header=False)
-    for row in _device_rows(device):
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _device_rows(device: Device) -> list[tuple[str, str]]:
-    rows = [("kind", device.kind), ("memory", format_bytes(device.total_bytes))]
-    if device.capability is not None:
-        rows.append(("capability", "{}.{}".format(*device.capability)))
-    if device.context_bytes:
-        rows.append(("taken by the context", format_bytes(device.context_bytes)))
-    rows.append(("memory bandwidth", _rate(device.memory_bytes_s)))
-    rows.append(("host memory limit", format_bytes(device.host_limit_bytes)))
-    if device.kind == "cuda":
-        rows.append(("from pinned host memory", _rate(device.pinned_bytes_s)))
-        rows.append(("from pageable host memory", _rate(device.pageable_bytes_s)))
-    for dtype, flops_s in device.flops_s.items():
-        rows.append((f"{dtype} products", f"{flops_s / 1e12:.3g} TFLOP/s"))
-    rows += [(f"{kernel} attention", text) for kernel, text in _kernels(device).items()]
-    return rows + list(device.versions.items())
-
-
-def _rate(bytes_s: float) -> str:
-    return f"{format_bytes(round(bytes_s))}/s"
-
-
-def _kernels(device: Device) -> dict[str, str]:
-    """What each attention kernel answered for: ``float16 at head size 40, 64; ...``."""
-    sizes: defaultdict[str, defaultdict[str, list[int]]]
-    sizes = defaultdict(lambda: defaultdict(list))
-    for kernel in device.kernels:
-        sizes[kernel.name][kernel.dtype].append(kernel.head_size)
-    return {
-        name: "; ".join(
-            f"{dtype} at head size {', '.join(map(str, sorted(heads)))}"
-            for dtype, heads in by_dtype.items()
-        )
-        for name, by_dtype in sizes.items()
-    }
-
-
 # ---------------------------------------------------------------- for programs
 
 
@@ -276,11 +160,19 @@ def trials_json(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
 
 
 def study_json(
-    profile: Profile, attempts: Sequence[Attempt], pipeline: Pipeline, device: Device
+    profile: Profile,
+    attempts: Sequence[Attempt],
+    pipeline: Pipeline,
+    device: Device,
+    limit_s: float | None,
 ) -> dict[str, Any]:
-    """Lay out a finished study: its profile, all trials, and the facts it was planned from."""
+    """Lay out a finished study: its profile, all trials, and the facts it was planned from.
+
+    ``limit_s`` as in ``profile_lines``.
+    """
     return {
         "profile": json.loads(profile_json(profile)),
+        "limit_s": limit_s,
         "trials": trials_json(attempts),
         "pipeline": plain(pipeline),
         "device": plain(device),
@@ -292,11 +184,16 @@ def device_json(device: Device) -> str:
 
 
 def why_json(
-    attempts: Sequence[Attempt], ruled_out: Sequence[tuple[Technique, str]]
+    attempts: Sequence[Attempt],
+    ruled_out: Sequence[tuple[Technique, str]],
+    limit_s: float | None = None,
 ) -> dict[str, Any]:
-    """Lay out why a plan won: what was tried, and what could not be or would have done nothing."""
+    """Lay out why a plan won: what was tried, and what could not be or would have done nothing.
+
+    ``limit_s`` as in ``profile_lines``.
+    """
     reasons = [{"technique": t.label, "reason": reason} for t, reason in ruled_out]
-    return {"trials": trials_json(attempts), "ruled_out": reasons}
+    return {"limit_s": limit_s, "trials": trials_json(attempts), "ruled_out": reasons}
 
 
 def why_lines(why: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ technique states, until no untried plan is predicted to win.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Task:
     workload: Workload
     budget_bytes: int
     images: int = 20  # over how many images the set-up (transfers, compiling) is spread
+    basis: cost.Basis = field(default_factory=dict, hash=False)
 
     def objective_s(self, outcome: Measurement) -> float:
         return outcome.image_s + outcome.warmup_s / self.images
@@ -100,10 +101,15 @@ class PlanSampler(BaseSampler):
         self.task = task
         self.attempts: list[Attempt] = []
         self.tried: set[int] = set()
+        self.held: frozenset[int] = frozenset()
         self.next: Plan | None = None
+        rows = [parameters(plan) for plan in task.plans]
+        self._by_parameters = {
+            tuple(row.values()): plan for row, plan in zip(rows, task.plans, strict=True)
+        }
         self._numbers = {plan: number for number, plan in enumerate(task.plans)}
         self._surrogate = Surrogate(
-            task.plans, task.pipeline, task.device, task.workload, task.budget_bytes
+            task.plans, task.pipeline, task.device, task.workload, task.budget_bytes, task.basis
         )
         self._open = np.zeros(len(task.plans), dtype=bool)
         self._open[self._surrogate.open_numbers()] = True
@@ -112,8 +118,7 @@ class PlanSampler(BaseSampler):
             [(p.fidelity.rank * 100 + len(p.techniques)) for p in task.plans]
         )
         self.distributions = {
-            slot: CategoricalDistribution(sorted({parameters(p)[slot] for p in task.plans}))
-            for slot in parameters(task.plans[0])
+            slot: CategoricalDistribution(sorted({row[slot] for row in rows})) for slot in rows[0]
         }
 
     def number(self, plan: Plan) -> int:
@@ -123,6 +128,8 @@ class PlanSampler(BaseSampler):
     def is_due(self, plan: Plan) -> bool:
         """Whether a legal plan was not tried, or ran out of memory and may do with less."""
         number = self.number(plan)
+        if number in self.held:
+            return False
         outcomes = [a.outcome for a in self.attempts if self._numbers[a.plan] == number]
         return not outcomes or (ran_out(outcomes[-1]) and number in self._surrogate.again())
 
@@ -137,17 +144,28 @@ class PlanSampler(BaseSampler):
         self._numbers[plan] = number
         return plan
 
-    def recall(self, trials: Sequence[FrozenTrial]) -> None:
-        """Learn what earlier runs of the study measured; plans that are legal no more are left."""
-        by_parameters = {tuple(parameters(p).values()): p for p in self.task.plans}
-        for trial in trials:
-            plan = by_parameters.get(tuple(trial.params.get(s.value, "") for s in Slot))
-            if plan is not None and "outcome" in trial.user_attrs:
-                # Studies from before there were open placements do not have it.
-                settings = trial.user_attrs.get("placement", {})
-                placement = replace(plan.placement, **settings)
-                plan = self._with(self.number(plan), placement)
-                self.learn(plan, _OUTCOME.validate_python(trial.user_attrs["outcome"]))
+    def recall(self, trial: FrozenTrial) -> Attempt | None:
+        """Learn what another run of the study measured; None where there is nothing to learn, or
+        the plan is legal no more."""
+        plan = self._plan_of(trial)
+        if plan is None or "outcome" not in trial.user_attrs:
+            return None
+        # Studies from before there were open placements do not have it.
+        placement = replace(plan.placement, **trial.user_attrs.get("placement", {}))
+        attempt = Attempt(
+            self._with(self.number(plan), placement),
+            _OUTCOME.validate_python(trial.user_attrs["outcome"]),
+        )
+        self.learn(attempt.plan, attempt.outcome)
+        return attempt
+
+    def _plan_of(self, trial: FrozenTrial) -> Plan | None:
+        return self._by_parameters.get(tuple(trial.params.get(s.value, "") for s in Slot))
+
+    def hold(self, trials: Iterable[FrozenTrial]) -> None:
+        """Propose no plan of these trials, which others are at; and all others again."""
+        plans = map(self._plan_of, trials)
+        self.held = frozenset(self.number(plan) for plan in plans if plan is not None)
 
     def learn(self, plan: Plan, outcome: Outcome) -> None:
         best = best_attempt(self.attempts, self.task)
@@ -168,12 +186,13 @@ class PlanSampler(BaseSampler):
         untried = np.ones(len(self.task.plans), dtype=bool)
         untried[list(self.tried)] = False
         untried[self._surrogate.again()] = True
+        untried[list(self.held)] = False
         untried &= ~(self._choices.banned() | self._surrogate.impossible())
         peak_bytes, budget_bytes = self._surrogate.peak_bytes(), self.task.budget_bytes
         fits = untried & (peak_bytes <= budget_bytes * np.where(self._open, FAR, NEAR))
         best = best_attempt(self.attempts, self.task)
         if best is not None and isinstance(best.outcome, Measurement):
-            seconds = self._surrogate.image_s(hopeful=self._choices.novelty() > 0)
+            seconds = self._surrogate.image_s(hopeful=self._choices.untimed() > 0)
             seconds += self._choices.setup_s() / self.task.images
             goal_s = self.task.objective_s(best.outcome) * (1 - MIN_GAIN)
             apart = untried & self._choices.one_change()
@@ -252,6 +271,7 @@ class _Choices:
             for technique in plan.techniques:
                 self.used[number, column[technique.label]] = 1
                 self.first[column[technique.label]] = technique.slot in _FIRST
+        self._untimed = np.ones(len(self.labels), dtype=np.int16)
         self._unseen = np.ones(len(self.labels), dtype=np.int16)
         self._bad = np.zeros(len(self.labels), dtype=np.int16)
         self._setup_s = np.full(len(self.labels), np.inf)
@@ -263,6 +283,8 @@ class _Choices:
                 self._bad[new] = 1
             return
         self._unseen[self.used[number] == 1] = 0
+        if not ran_out(outcome):
+            self._untimed[self.used[number] == 1] = 0
         if isinstance(outcome, Measurement):
             mine = self.used[number] == 1
             self._setup_s[mine] = np.minimum(self._setup_s[mine], outcome.warmup_s)
@@ -270,6 +292,11 @@ class _Choices:
     def novelty(self) -> Any:
         """How many choices of each plan were never seen."""
         return self.used @ self._unseen
+
+    def untimed(self) -> Any:
+        """How many choices of each plan were never seen to take any time: a trial that ran out of
+        memory tells none."""
+        return self.used @ self._untimed
 
     def one_change(self) -> Any:
         """Plans in which what is new can be told apart: how things are placed, cast and decoded,

@@ -2,7 +2,7 @@
 
 One categorical a slot; only legal plans are ever proposed, none twice, but an open one also with
 other weights on the device. The peak is a constraint, seconds an image the objective. The sampler
-(``sampler.py``) chooses what to try.
+(``sampler.py``) chooses what to try. Several processes may search one study (``ledger.py``).
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
-from optuna.trial import TrialState
-
-from autofit.interrupts import uninterrupted
-from autofit.plain import plain
+from autofit.ledger import Ledger
 from autofit.sampler import PlanSampler, Task, best_attempt
-from autofit.spec import Attempt, Failure, Measurement, Outcome, Plan, Why
+from autofit.spec import Attempt, Failure, Outcome, Plan
 
+WAIT_S = 0.2  # between two looks at what the other processes of a study have found
 GIVE_UP = 1.10  # a trial stops once its steps show that it takes this much longer than the best
 
 Measure = Callable[[Plan, float | None], Outcome]
@@ -65,82 +62,73 @@ def search(
     name: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Found:
-    """Search the fastest plan within the budget. The same storage and name resume a study.
+    """Search the fastest plan within the budget. The same storage and name resume a study, or join
+    one that other processes are at: the limit of trials is on what all of them measure meanwhile.
 
     ``measure`` takes a plan and the seconds after which its trial may give up. ``first`` are tried
     before all others. Ctrl-C ends the search and keeps what was measured.
     """
-    sampler = PlanSampler(task)
-    study = _open(storage, name, sampler)
-    start = time.monotonic()
-
-    def notify(number: int, plan: Plan, outcome: Outcome | None) -> None:
-        best, elapsed_s = best_attempt(sampler.attempts, task), time.monotonic() - start
-        on_progress(Progress(number, plan, outcome, best, elapsed_s, limits))
-
-    def attempt(plan: Plan) -> None:
-        with uninterrupted():
-            trial = _ask(study, sampler, plan)
-        try:
-            notify(trial.number, plan, None)
-            outcome = measure(plan, _give_up_s(best_attempt(sampler.attempts, task)))
-        except KeyboardInterrupt:
-            with uninterrupted():
-                study.tell(trial, state=TrialState.FAIL)
-            raise
-        with uninterrupted():
-            _tell(study, trial, task, Attempt(plan, outcome))
-            sampler.learn(plan, outcome)
-        notify(trial.number, plan, outcome)
-
+    run = _Run(task, measure, limits, Ledger(storage, name, PlanSampler(task)), on_progress)
     interrupted = False
     try:
-        for _ in range(limits.trials):
-            due = next(filter(sampler.is_due, first), None)
-            plan = sampler.completed(due) if due else sampler.propose()
-            if plan is None or time.monotonic() - start > limits.timeout_s:
-                break
-            attempt(plan)
+        run.all(first)
     except KeyboardInterrupt:
         interrupted = True
-    return Found(tuple(sampler.attempts), sampler.leanest(), interrupted)
+    return Found(tuple(run.sampler.attempts), run.sampler.leanest(), interrupted)
 
 
-def _open(storage: Any, name: str | None, sampler: PlanSampler) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with uninterrupted():
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            sampler=sampler,
-            load_if_exists=True,
-            direction="minimize",
-        )
-    sampler.recall(study.get_trials(deepcopy=False))
-    return study
+class _Run:
+    """One process's part in a study."""
+
+    def __init__(
+        self,
+        task: Task,
+        measure: Measure,
+        limits: Limits,
+        ledger: Ledger,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.task, self.measure, self.limits = task, measure, limits
+        self.ledger, self.sampler, self.on_progress = ledger, ledger.sampler, on_progress
+        self._start, self._before = time.monotonic(), len(ledger.sampler.attempts)
+
+    def all(self, first: Sequence[Plan]) -> None:
+        """Trials until none is worth it or a limit is reached."""
+        while self._elapsed_s() <= self.limits.timeout_s:
+            for number, found in self.ledger.catch_up():
+                self._notify(number, found.plan, found.outcome)
+            if len(self.sampler.attempts) - self._before >= self.limits.trials:
+                return
+            due = next(filter(self.sampler.is_due, first), None)
+            plan = self.sampler.completed(due) if due else self.sampler.propose()
+            if plan is not None:
+                self._try(plan)
+            elif self.ledger.others_at_work:
+                time.sleep(WAIT_S)  # what they find may make another plan worth a trial
+            else:
+                return
+
+    def _try(self, plan: Plan) -> None:
+        with self.ledger.claimed(plan) as trial:
+            if trial is None:
+                return
+            self._notify(trial.number, plan, None)
+            outcome = self.measure(plan, _give_up_s(self._best()))
+            self.ledger.tell(trial, Attempt(plan, outcome))
+        self._notify(trial.number, plan, outcome)
+
+    def _notify(self, number: int, plan: Plan, outcome: Outcome | None) -> None:
+        event = Progress(number, plan, outcome, self._best(), self._elapsed_s(), self.limits)
+        self.on_progress(event)
+
+    def _best(self) -> Attempt | None:
+        return best_attempt(self.sampler.attempts, self.task)
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._start
 
 
 def _give_up_s(best: Attempt | None) -> float | None:
     if best is None or isinstance(best.outcome, Failure):
         return None
     return best.outcome.image_s * GIVE_UP
-
-
-def _ask(study: optuna.Study, sampler: PlanSampler, plan: Plan) -> optuna.Trial:
-    sampler.next = plan
-    return study.ask(dict(sampler.distributions))
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, task: Task, attempt: Attempt) -> None:
-    outcome = attempt.outcome
-    # The categorical of an open placement does not say what was set in it.
-    trial.set_user_attr("placement", plain(attempt.plan.placement.settings))
-    trial.set_user_attr("outcome", plain(outcome))
-    if isinstance(outcome, Measurement):
-        trial.set_constraint("peak_bytes", outcome.peak_bytes - task.budget_bytes)
-        study.tell(trial, task.objective_s(outcome))
-        return
-    if outcome.needed_bytes is not None:
-        trial.set_constraint("peak_bytes", max(1, outcome.needed_bytes - task.budget_bytes))
-    pruned = outcome.why in (Why.TOO_SLOW, Why.OUT_OF_MEMORY, Why.OVER_BUDGET)
-    study.tell(trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)

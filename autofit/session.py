@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from autofit import anatomy, probe, report, store, techniques
-from autofit.planner import Effort, Goal, Planned, fidelity_named, find_plan, workload_for
-from autofit.spec import BadInput, Pipeline, Profile, Workload
-from autofit.trial import InProcess, Job, Measurer, Worker, release
+from autofit import anatomy, probe, report, store, trust
+from autofit.applied import Applied, parked
+from autofit.goals import Goal, fidelity_named, workload_for
+from autofit.match import Level, Match
+from autofit.planner import Effort, Planned, find_plan
+from autofit.spec import BadInput, Profile, Workload
+from autofit.trial import InProcess, Job, Measurer, Worker
 from autofit.trial import generate as run_pipe
+from autofit.trust import Ask, Trusted
 
 _EFFORT = Effort()
+_log = logging.getLogger(__name__)
 
 
 def plan(
@@ -52,7 +59,7 @@ def plan(
 def keep(planned: Planned) -> Path:
     """Store what was planned, with the trials behind it. Returns the profile's path."""
     path = store.keep(planned.profile)
-    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out))
+    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out, planned.limit_s))
     return path
 
 
@@ -67,64 +74,42 @@ def apply(
     device: str | None = None,
     fidelity: str = "lossy",
     effort: Effort = _EFFORT,
+    verify: bool = True,
+    enforce: bool = True,
 ) -> Applied:
     """Make the pipe fit: apply a profile, or find the fastest plan within the budget and apply it.
 
-    With ``budget``, a stored profile for the same pipe, workload and machine is used; without one,
-    the pipe is planned for by trials in this process (seconds to minutes) and the profile stored.
+    With ``budget``, a stored profile for the same pipe, workload and machine is used; one from
+    other versions, another card or a larger workload once a trial has verified it. Without one, the
+    pipe is planned for by trials in this process (seconds to minutes) and the profile stored.
+
+    A ``profile`` is verified likewise where it was not measured on this machine and with these
+    versions; ``verify=False`` applies it untried. Where its plan fails, its leaner ones follow.
+    ``Applied.match`` says what the profile rests on.
+
+    With ``enforce`` this process cannot hold more of the card than the budget (``Applied``). A call
+    that runs out of memory begins again, with the same generators, by the profile's next leaner
+    plan, and so do the calls after it.
 
     Raises:
-        BadInput: neither budget nor profile, or a profile of another pipeline, or whose plan this
-            device cannot run.
-        NothingFits: no plan stays within the budget.
+        BadInput: neither budget nor profile, or a profile of another pipeline, or none of whose
+            plans holds on this device.
+        NothingFits: no plan stays within the budget, or others hold too much of the card.
     """
     if (budget is None) == (profile is None):
         raise BadInput('apply needs one of budget="8GB" and profile="file.yaml"')
     _check_untouched(pipe)
-    target, pipeline = device or default_device(), probe.facts(pipe)
-    if profile is None:
-        assert budget is not None
+    target = device or default_device()
+    if budget is not None:
         goal = Goal(budget, size, batch, steps, fidelity=fidelity)
-        profile = _stored(pipeline, goal, target)
-        if profile is None:
-            with measuring(pipe, target) as measurer:
-                planned = find_plan(measurer, goal, effort)
-            keep(planned)
-            profile = planned.profile
-    elif not isinstance(profile, Profile):
-        profile = store.load(profile)
-    _check_same(pipeline, profile)
-    _check_possible(pipeline, profile, target)
-    return Applied(pipe, profile, target)
-
-
-class Applied:
-    """A pipe with a profile applied: ``profile``, ``revert()``, and a context manager."""
-
-    def __init__(self, pipe: Any, profile: Profile, device: str) -> None:
-        self.profile = profile
-        self._device = torch.device(device)
-        with ExitStack() as stack:
-            stack.enter_context(_parked(pipe))
-            stack.enter_context(techniques.applied(profile.plan, pipe, device))
-            stack.enter_context(anatomy.attribute(pipe, "_autofit", self))
-            self._undo = stack.pop_all()
-
-    def revert(self) -> None:
-        """Leave the pipe as it was found. A second call does nothing."""
-        self._undo.close()
-        release(self._device)
-
-    def __enter__(self) -> Applied:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.revert()
+        trusted = _stored_or_planned(pipe, target, goal, effort)
+    else:
+        assert profile is not None
+        profile = profile if isinstance(profile, Profile) else store.load(profile)
+        ask = _ask(pipe, target, profile.workload, profile.budget_bytes)
+        trusted = trust.given(profile, ask if verify else replace(ask, measuring=None))
+    _log.info("%s", trusted.match)
+    return Applied(pipe, trusted, target, enforce=enforce)
 
 
 def default_device() -> str:
@@ -142,7 +127,7 @@ def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Mea
             worker.close()
     else:
         _check_untouched(model)
-        with _parked(model):
+        with parked(model):
             yield InProcess(model, device)
 
 
@@ -180,34 +165,26 @@ def save_images(images: list[Any], path: Path) -> list[Path]:
     return paths
 
 
-def _stored(pipeline: Pipeline, goal: Goal, device: str) -> Profile | None:
-    workload = workload_for(pipeline, goal)
-    return store.find(
-        pipeline.fingerprint,
-        workload,
-        goal.budget_bytes,
+def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Trusted:
+    workload = workload_for(probe.facts(pipe), goal)
+    ask = _ask(pipe, device, workload, goal.budget_bytes)
+    trusted = trust.stored(ask, fidelity_named(goal.fidelity))
+    if trusted is not None:
+        return trusted
+    with measuring(pipe, device) as measurer:
+        planned = find_plan(measurer, goal, effort)
+    keep(planned)
+    return Trusted(planned.profile, Match(Level.SAME, "planned here"))
+
+
+def _ask(pipe: Any, device: str, workload: Workload, budget_bytes: int) -> Ask:
+    return Ask(
+        probe.facts(pipe),
         probe.probe_device(device),
-        fidelity_named(goal.fidelity),
+        workload,
+        budget_bytes,
+        partial(measuring, pipe, device),
     )
-
-
-@contextmanager
-def _parked(pipe: Any) -> Iterator[None]:
-    """The pipe's weights on the CPU inside, each back on its device on exit."""
-    parts = anatomy.modules(pipe)
-    found = {
-        name: next((t.device for _, _, t in anatomy.tensors(module)), torch.device("cpu"))
-        for name, module in parts.items()
-    }
-    try:
-        for module in parts.values():
-            module.to("cpu")
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        yield
-    finally:
-        for name, device in found.items():
-            parts[name].to(device)
 
 
 def _check_untouched(pipe: Any) -> None:
@@ -225,24 +202,3 @@ def _check_untouched(pipe: Any) -> None:
         registries: list[Any] = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
         if any(r is not None and r.get_hook("group_offloading") for r in registries):
             raise BadInput(f"{name}.{part} is group-offloaded already: load the pipe anew")
-
-
-def _check_same(pipeline: Pipeline, profile: Profile) -> None:
-    if profile.pipeline != pipeline.cls:
-        raise BadInput(
-            f"the profile is for {profile.pipeline}, this pipe is a {pipeline.cls}: plan for"
-            " it with autofit plan"
-        )
-    if profile.fingerprint != pipeline.fingerprint:
-        raise BadInput(
-            f"the profile is for another {profile.pipeline} (configuration, dtypes or adapters"
-            " differ): plan for this one with autofit plan"
-        )
-
-
-def _check_possible(pipeline: Pipeline, profile: Profile, device: str) -> None:
-    """A profile made on one machine may ask for what another has not."""
-    facts = pipeline, probe.probe_device(device), profile.workload
-    reason = techniques.why_not(profile.plan, *facts)
-    if reason is not None:
-        raise BadInput(f"the profile's plan cannot run on {device} ({reason}): plan for it here")

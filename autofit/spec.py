@@ -14,6 +14,11 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)  # of attention, that kernels are asked for
+# What a measurement depends on besides the card: of the versions that ``Device`` holds, these.
+SOFTWARE = (
+    "torch", "cuda", "cudnn", "diffusers", "transformers", "accelerate", "xformers", "driver",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- errors
@@ -167,6 +172,7 @@ class Pipeline:
     vae_tiles: Literal["attributes", "arguments"] | None = None
     vae_upcasts: bool = False  # its configuration asks for float32 when the VAE is float16
     vae_channels: int = 128  # of the decoder at full resolution
+    adapters: tuple[str, ...] = ()  # names of those that are loaded
 
     @property
     def denoiser(self) -> Component:
@@ -311,6 +317,12 @@ class Placement(Technique):
         """Whether a setting waits for the budget: ``fitted`` sets it."""
         return False
 
+    @property
+    def opened(self) -> Placement:
+        """This, with the fewest weights on the device that it can do with: what ``fitted`` sets is
+        left open again."""
+        return self
+
     def fitted(self, pipeline: Pipeline, room_bytes: int) -> Placement | None:
         """This, set to use ``room_bytes`` for weights; None where it cannot do with so few."""
         return self
@@ -440,18 +452,60 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a measurement depends on besides the plan."""
+    """What a measurement depends on besides the plan. Rates are None in profiles of schema 1."""
 
     device: str
     capability: tuple[int, int] | None
     total_bytes: int
     cap: Literal["emulated", "card", "tracked"]  # allocator capped below the card; the card; CPU
     versions: Mapping[str, str] = field(hash=False)
+    pinned_bytes_s: float | None = None  # host to device, measured
+    pageable_bytes_s: float | None = None
+
+    @property
+    def machine(self) -> tuple[str | int | None, ...]:
+        """The same where a measurement can be taken for another: the card and SOFTWARE."""
+        return self.device, self.total_bytes, *map(self.versions.get, SOFTWARE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a profile says of a component, for a reader who asks why another one does not match."""
+
+    name: str
+    cls: str
+    dtype: str
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, component: Component) -> Part:
+        return cls(component.name, component.cls, component.dtype, component.weight_bytes)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A leaner plan of the same study, to step down to; a short trial measured it."""
+
+    plan: Plan
+    measured: Measurement
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What came of a profile's plan on a machine that ran it again. A failure has no detail: the
+    words of an error may hold a path."""
+
+    outcome: Outcome
+    on: Environment
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A plan with what it was measured for and on. What is stored, shared and applied."""
+    """A plan with what it was measured for and on. What is stored, shared and applied.
+
+    ``ladder``: leaner plans, each slower than the one before it. ``evidence``: of every machine
+    that verified the plan since, the latest outcome.
+    """
 
     pipeline: str  # class
     fingerprint: str
@@ -460,3 +514,7 @@ class Profile:
     plan: Plan
     measured: Measurement
     on: Environment
+    components: tuple[Part, ...] = ()  # none in profiles of schema 1
+    adapters: tuple[str, ...] = ()
+    ladder: tuple[Rung, ...] = ()
+    evidence: tuple[Evidence, ...] = ()

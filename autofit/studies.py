@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autofit import store
 from autofit.spec import BadInput
+
+TRIES, WAIT_S = 4, 0.5  # to open a database whose tables others are making
 
 
 def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
@@ -69,10 +72,25 @@ def _drop_cut_line(path: Path) -> None:
         partial.replace(path)
 
 
+def _open(url: str) -> Any:
+    """Open a database. Of several who open an empty one at once, all but one fail to make its
+    tables, and find them made a moment later."""
+    for _ in range(TRIES):
+        with suppress(IntegrityError, ProgrammingError):
+            return optuna.storages.get_storage(url)
+        time.sleep(WAIT_S)
+    return optuna.storages.get_storage(url)
+
+
 def _database(url: str, name: str, fresh: bool) -> Any:
     try:
-        opened = optuna.storages.get_storage(url)
-    except (SQLAlchemyError, ImportError, ValueError) as error:
+        opened = _open(url)
+    except ImportError as error:
+        raise BadInput(
+            f"storage {url!r}: {str(error).splitlines()[0]}; install the database's driver, as"
+            " psycopg2-binary for postgresql://"
+        ) from error
+    except (SQLAlchemyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"storage {url!r}: {reason}; write as sqlite:///studies.db") from error
     if fresh:

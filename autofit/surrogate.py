@@ -42,11 +42,11 @@ class Surrogate:
 
     def __init__(
         self, plans: Sequence[Plan], pipeline: Pipeline, device: Device, workload: Workload,
-        budget_bytes: int,
+        budget_bytes: int, basis: cost.Basis,
     ) -> None:  # fmt: skip
         self._facts = [plan.facts(pipeline) for plan in plans]
         self.device, self.workload, self._budget_bytes = device, workload, budget_bytes
-        self.tables = {p: PhaseTable(plans, self._facts, device, workload, p) for p in Phase}
+        self.tables = {p: PhaseTable(plans, self._facts, device, workload, p, basis) for p in Phase}
         self._rooms = Rooms(plans, self._facts, device, budget_bytes)
         # The prior, then as measured; of open plans as measured alone, once there is one.
         self._fragmentation = [cost.fragmentation(device)]

@@ -27,6 +27,7 @@ from autofit.trial.cap import Outside, capped
 from autofit.trial.meter import Meter, tracked
 
 WARMUP_STEPS = 8  # FlexTensor needs one to discover and five to profile before it streams
+WARMUP_AGAIN_STEPS = 2  # a graph of what streams is captured in the second image
 DISTRIBUTIONS = {
     "flextensor": ("flextensor",),
     "mmgp": ("mmgp", "optimum-quanto"),
@@ -92,6 +93,7 @@ def measured(pipe: Any, run: Run, stages: Stages) -> tuple[dict[str, Any], list[
     stages.end("prepare")
     with tracked(pipe, run.outside.device, run.spec["budget_bytes"]) as tracker:
         warm = generation(pipe, run, WARMUP_STEPS, tracker)
+    generation(pipe, run, WARMUP_AGAIN_STEPS)
     stages.end("warmup")
     runs = [generation(pipe, run, run.workload.steps) for _ in range(2)]
     stages.end("runs")

@@ -15,7 +15,9 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from autofit import anatomy, session, store
-from autofit.planner import Effort, Goal, Planned, find_plan
+from autofit.foresight import Foresight
+from autofit.goals import Goal
+from autofit.planner import Effort, Planned, find_plan
 from autofit.spec import AutofitError, Device, Phase, Pipeline, Role, Workload
 from autofit.trial.cap import Outside, capped
 from autofit.units import GIB, MIB, parse_pixels
@@ -97,9 +99,10 @@ def searched(pipe: Any, run: Run, fidelity: str) -> Planned:
     spec, size = run.spec, (run.workload.width, run.workload.height)
     goal = Goal(spec["budget_bytes"], size, spec["batch"], spec["steps"], fidelity=fidelity)
     effort = Effort(timeout_s=spec["search_s"], fresh=True)
+    foresight = Foresight(spec["model"], goal, run.target, spec["dtype"])
     own_caps = capped(run.outside, run.device.total_bytes, 0)  # it caps its trials itself
     with own_caps, session.measuring(pipe, run.target) as measurer:
-        return find_plan(measurer, goal, effort)
+        return find_plan(measurer, goal, effort, foresee=foresight.basis)
 
 
 def resident(pipe: Any, run: Run) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autofit import cost
+from autofit.limits import limit
+from autofit.spec import Phase
 from autofit.units import GIB, format_bytes, parse_size
 
 ENVIRONMENT = {
@@ -231,35 +234,26 @@ def command(case: Case, contender: str, options: Options) -> str:
 def limits(line: dict[str, Any], floor: dict[str, Any]) -> dict[str, Any]:
     """The least seconds an image can take on this device within the budget, eagerly.
 
-    With the floor's seconds (encode, step, decode), weights (denoiser, encoders), a step's
-    activations, what is not torch's, and B the measured rate from pinned memory:
-
-        room    = budget - not torch's - a step's activations    what weights can have
-        s       = max(0, denoiser - room)                        the least to stream each step
-        stays   = min(room, max(0, denoiser - step x B))         what no step's compute can hide
-        e       = max(0, encoders - (room - stays))              the least to stream each image
-        limit_s = max(encode, e / B) + steps x max(step, s / B) + decode
+    By ``limits.limit`` with the floor's seconds and weights, and the room beside what is not
+    torch's and a step's activations.
     """
     budget_bytes = line["budget_bytes"]
     if budget_bytes is None or "activation_bytes" not in floor:
         return {"limit_s": None}
-    rate, step_s = floor["pinned_bytes_s"], floor["step_s"]
-    denoiser_bytes, encoder_bytes = (floor["weight_bytes"][k] for k in ("denoiser", "encoder"))
+    rate, weight_bytes = floor["pinned_bytes_s"], floor["weight_bytes"]
     room_bytes = budget_bytes - floor["outside_bytes"] - floor["activation_bytes"]["step"]
-    room_bytes = max(0, room_bytes)
-    streamed_bytes = max(0, denoiser_bytes - room_bytes)
-    stays_bytes = min(room_bytes, max(0, denoiser_bytes - int(step_s * rate)))
-    late_bytes = max(0, encoder_bytes - (room_bytes - stays_bytes))
-    parts = {
-        "encode_s": max(floor["encode_s"], late_bytes / rate),
-        "step_s": max(step_s, streamed_bytes / rate),
-        "decode_s": floor["decode_s"],
-    }
-    limit_s = parts["encode_s"] + line["steps"] * parts["step_s"] + parts["decode_s"]
-    inputs = {"compute_s": step_s, "streamed_bytes": streamed_bytes,
-              "encoder_streamed_bytes": late_bytes, "room_bytes": room_bytes,
-              "pinned_bytes_s": rate}  # fmt: skip
-    return {"limit_s": limit_s, "limit": parts | inputs}
+    found = limit(
+        {phase: floor[f"{phase}_s"] for phase in Phase},
+        denoiser_bytes=weight_bytes["denoiser"],
+        encoder_bytes=weight_bytes["encoder"],
+        room_bytes=room_bytes,
+        bus_bytes_s=rate,
+    )
+    inputs = {"compute_s": floor["step_s"], "streamed_bytes": found.streamed_bytes[Phase.STEP],
+              "encoder_streamed_bytes": found.streamed_bytes[Phase.ENCODE],
+              "room_bytes": max(0, room_bytes), "pinned_bytes_s": rate}  # fmt: skip
+    parts = {f"{phase}_s": found.phase_s[phase] for phase in Phase}
+    return {"limit_s": cost.image_s(found.phase_s, line["steps"]), "limit": parts | inputs}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from readme import publish
+
 from autofit.units import GIB, format_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,12 +48,7 @@ def main() -> None:
             sys.exit(f"README has no place for its table: put {BEGIN.strip()} and {END} there")
         print("no benchmarks: neither lines nor a place for their table in README")
         return
-    made = with_table(text, tables(lines))
-    if options.check:
-        sys.exit(
-            0 if made == text else "README's table is out of date: run scripts/make_benchmarks.py"
-        )
-    README.write_text(made, "utf-8")
+    publish(README, BEGIN, tables(lines), END, check=options.check)
 
 
 def read(path: Path) -> list[Line]:
@@ -137,12 +134,6 @@ def stock(by_name: dict[str, Line]) -> str:
         best = min(fit, key=lambda v: v["image_s"])
         return f"{cell(best)} {best['contender'].removeprefix(STOCK)}"
     return ", ".join(dict.fromkeys(map(cell, peers)))
-
-
-def with_table(text: str, rows: str) -> str:
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return before + BEGIN + rows + END + after
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from autofit import report, session
-from autofit.planner import Effort, Goal, Listener, find_plan
+from autofit.foresight import Foresight
+from autofit.goals import Goal
+from autofit.planner import Effort, Listener, find_plan
 from autofit.search import Progress
 from autofit.spec import AutofitError, Measurement
 from autofit.trial import Measurer
@@ -68,16 +70,19 @@ def main() -> None:
         for model, group in itertools.groupby(cases, key=lambda case: case.model):
             with session.measuring(model, options.device) as measurer:
                 for case in group:
-                    out.write(json.dumps(record(case, measurer, options.limit)) + "\n")
+                    out.write(
+                        json.dumps(record(case, measurer, options.device, options.limit)) + "\n"
+                    )
                     out.flush()
                     os.fsync(out.fileno())
 
 
-def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
+def record(case: Case, measurer: Measurer, device: str, limit_s: float) -> dict[str, Any]:
     """Plan one case; whatever becomes of it is a line."""
     goal = Goal(case.budget, parse_pixels(case.size), case.batch, case.steps)
     effort = Effort(timeout_s=limit_s, fresh=True)
     print(f"== {case.name}", flush=True)
+    foresight = Foresight(case.model, goal, device, None)
     start = time.monotonic()
     asked = f"--only {case.name} --limit {limit_s:g}"
     line: dict[str, Any] = {
@@ -87,7 +92,9 @@ def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
         "error": None,
     }
     try:
-        planned = find_plan(measurer, goal, effort, listener=Listener(print, show))
+        planned = find_plan(
+            measurer, goal, effort, listener=Listener(print, show), foresee=foresight.basis
+        )
     except AutofitError as error:
         print(error, flush=True)
         return line | {"error": str(error), "plan_s": time.monotonic() - start}
@@ -98,7 +105,9 @@ def record(case: Case, measurer: Measurer, limit_s: float) -> dict[str, Any]:
         flush=True,
     )
     subject = planned.subject
-    found = report.study_json(planned.profile, planned.attempts, subject.pipeline, subject.device)
+    found = report.study_json(
+        planned.profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
+    )
     return line | {"found": found, "plan_s": time.monotonic() - start}
 
 

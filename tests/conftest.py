@@ -10,7 +10,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 TINY = ("tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3")
-DEVICES = ("cpu", pytest.param("cuda:0", marks=pytest.mark.gpu))
+# Without a driver, a thousand tests would be made to be skipped.
+DRIVERS = [path for path in ("/dev/nvidiactl", "/dev/dxg") if os.path.exists(path)]
+DEVICES = ("cpu", *(pytest.param("cuda:0", marks=pytest.mark.gpu) for _ in DRIVERS))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -23,9 +25,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What autofit caches goes to a folder of the test run."""
+    """What autofit caches goes to a folder of the test run; its processes share the dry runs."""
+    home, base = tmp_path_factory.mktemp("autofit"), tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dry-runs"
+    shared.mkdir(exist_ok=True)
+    (home / "cache").mkdir()
+    (home / "cache" / "dryrun").symlink_to(shared)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTOFIT_HOME", str(tmp_path_factory.mktemp("autofit")))
+        patch.setenv("AUTOFIT_HOME", str(home))
         yield
 
 

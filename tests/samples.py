@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from autofit.spec import Device, Environment, Kernel, Measurement, Plan, Profile, Workload
+from autofit.spec import (
+    Device,
+    Environment,
+    Evidence,
+    Failure,
+    Kernel,
+    Measurement,
+    Part,
+    Phase,
+    Plan,
+    Profile,
+    Rung,
+    Why,
+    Workload,
+)
 from autofit.techniques import KINDS
 
 GIB = 2**30
@@ -57,6 +72,42 @@ def profile(**changes: Any) -> Profile:
         "on": Environment("NVIDIA H200", (9, 0), 150_109_880_320, "emulated", VERSIONS),
     }
     return Profile(**(facts | changes))
+
+
+def travelled() -> Profile:
+    """A profile with all that schema 2 can hold: two machines ran its plan again."""
+    found = profile()
+    rates = {"pinned_bytes_s": 55.4e9, "pageable_bytes_s": 7.25e9}
+    newer = replace(found.on, versions=VERSIONS | {"driver": "590.48.01"}, **rates)
+    card = Environment("NVIDIA GeForce RTX 3060", (8, 6), 12_622_168_064, "emulated", VERSIONS)
+    again = measurement(image_s=0.8541, runs_s=(0.8541, 0.8541), psnr_db=None, reference=None)
+    lean = measurement(
+        image_s=2.75,
+        peak_bytes=2_411_724_800,
+        phase_peak_bytes={
+            "encode": 1_342_177_280,
+            "step": 1_879_048_192,
+            "decode": 1_610_612_736,
+        },
+        steps_run=6,
+        runs_s=(),
+        verified=False,
+    )
+    return replace(
+        found,
+        on=replace(found.on, **rates),
+        components=(
+            Part("vae", "AutoencoderKL", "float32", 334_615_452),
+            Part("text_encoder", "CLIPTextModel", "float32", 492_265_168),
+            Part("unet", "UNet2DConditionModel", "float32", 3_438_167_536),
+        ),
+        adapters=("lineart",),
+        ladder=(Rung(Plan((HALF, OFFLOAD)), lean),),
+        evidence=(
+            Evidence(again, newer),
+            Evidence(Failure(Why.OUT_OF_MEMORY, "", Phase.DECODE, 4_831_838_208), card),
+        ),
+    )
 
 
 def device(**changes: Any) -> Device:

@@ -29,20 +29,26 @@ def snapshot(pipe: Any, *, memory: bool = True) -> dict[str, object]:
 
 
 def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    names = [n for n in {**before, **after} if before.get(n, "absent") != after.get(n, "absent")]
-    return [f"{n}: {before.get(n, 'absent')} -> {after.get(n, 'absent')}" for n in names]
+    found = []
+    for name in {**before, **after}:
+        old, new = before.get(name, "absent"), after.get(name, "absent")
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            found += [f"{name}.{line}" for line in differences(old, new)]
+        elif old != new:
+            found.append(f"{name}: {old} -> {new}")
+    return found
 
 
 def _attributes(path: str, module: nn.Module) -> Iterator[tuple[str, object]]:
-    for name, value in module.__dict__.items():
-        yield f"{path}.{name}", value if isinstance(value, PLAIN) else id(value)
-        if isinstance(value, dict):
-            yield f"{path}.{name} keys", list(value)
+    # Thousands of modules, a dozen tables each: what is one module's stays together.
+    own = module.__dict__
+    yield path, {name: v if isinstance(v, PLAIN) else id(v) for name, v in own.items()}
+    yield f"{path} keys", {name: [*v] for name, v in own.items() if isinstance(v, dict) and v}
     yield f"{path}.forward", getattr(module.forward, "__func__", module.forward)
     if hasattr(module, "processor"):
         yield f"{path}.processor", (id(module.processor), repr(vars(module.processor)))
-    if "_diffusers_hook" in module.__dict__:
-        yield f"{path} hooks", list(module.__dict__["_diffusers_hook"].hooks)
+    if "_diffusers_hook" in own:
+        yield f"{path} hooks", list(own["_diffusers_hook"].hooks)
 
 
 def _tensors(path: str, module: nn.Module, memory: bool) -> Iterator[tuple[str, object]]:
@@ -51,14 +57,16 @@ def _tensors(path: str, module: nn.Module, memory: bool) -> Iterator[tuple[str, 
             if tensor is None:
                 continue
             bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            yield f"{path}.{name} object", id(tensor)
-            yield f"{path}.{name} bits", zlib.crc32(bits.tobytes())
-            yield f"{path}.{name} layout", (tensor.dtype, str(tensor.device), tensor.stride())
-            # dynamo's notes on what it compiled stay, and change nothing
-            own = [a for a in tensor.__dict__ if not a.startswith("_dynamo")]
-            yield f"{path}.{name} attributes", sorted(own)
+            facts: dict[str, object] = {
+                "object": id(tensor),
+                "bits": zlib.crc32(bits),
+                "layout": (tensor.dtype, str(tensor.device), tensor.stride()),
+                # dynamo's notes on what it compiled stay, and change nothing
+                "attributes": sorted(a for a in tensor.__dict__ if not a.startswith("_dynamo")),
+            }
             if memory:
-                yield f"{path}.{name} memory", tensor.data_ptr()
+                facts["memory"] = tensor.data_ptr()
+            yield f"{path}.{name} tensor", facts
 
 
 def _process() -> Iterator[tuple[str, object]]:

@@ -16,7 +16,7 @@ from conftest import Pipes
 from test_execution import _denoiser, _latents
 
 from autofit.techniques import capture
-from autofit.techniques.capture import Capturer, NotCapturable
+from autofit.techniques.capture import Capturer, NotCapturable, Still
 from autofit.techniques.cuda_graph import MAX_GRAPHS, CudaGraph
 from autofit.techniques.placement import Resident
 
@@ -89,6 +89,22 @@ class Cuda:
         self.calls.append(f"end of {name}")
 
 
+class Noted(Still):
+    """Weights that note when they are asked to be where they must."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def begin(self) -> None:
+        self._calls.append("begin")
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        self._calls.append("weights")
+        yield
+        self._calls.append("end of weights")
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cuda:
     made = Cuda(getattr(request, "param", True))
@@ -98,16 +114,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cud
 
 
 def test_work_is_rehearsed_watched_and_captured(cuda: Cuda) -> None:
-    capturer = Capturer(torch.device("cuda:0"))
-    replay, result = capturer.capture(lambda: cuda.calls.append("work") or len(cuda.calls))
+    capturer, weights = Capturer(torch.device("cuda:0")), Noted(cuda.calls)
+    replay, result = capturer.capture(lambda: cuda.calls.append("work") or len(cuda.calls), weights)
     assert cuda.calls == [
-        *("stream", "work", "sync warn", "work", "sync 0", "clear"),
-        *("capture into a pool, thread_local", "work", "end of capture into a pool, thread_local"),
-        *("clear", "end of stream"),
+        *("stream", "work", "sync warn", "work", "sync 0", "begin", "clear"),
+        *("capture into a pool, thread_local", "weights", "work", "end of weights"),
+        *("end of capture into a pool, thread_local", "clear", "end of stream"),
     ]
-    assert result == 8
+    assert result == 10
     replay()
-    capturer.capture(lambda: None)
+    capturer.capture(lambda: None, weights)
     assert "capture into the first graph's pool, thread_local" in cuda.calls
     capturer.release()
     assert cuda.calls[-3:] == ["synchronize", "reset", "reset"]
@@ -123,7 +139,7 @@ def test_work_that_waits_is_not_captured(cuda: Cuda) -> None:
         pytest.warns(UserWarning, match="synchronizing"),  # the first rehearsal's
         pytest.raises(NotCapturable, match=r"test_capture\.py:\d+ waits for the device"),
     ):
-        Capturer(torch.device("cuda:0")).capture(work)
+        Capturer(torch.device("cuda:0")).capture(work, Still())
     assert cuda.calls == ["stream", "sync warn", "sync 0"]
 
 
@@ -139,7 +155,7 @@ def _fails_in_capture(cuda: Cuda, error: Exception) -> Any:
 def test_a_capture_that_fails_is_repaired(cuda: Cuda) -> None:
     error = RuntimeError("operation not permitted when stream is capturing\nand more")
     with pytest.raises(NotCapturable, match=r"failed: operation not permitted .* capturing$"):
-        Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error))
+        Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error), Still())
     after = cuda.calls[cuda.calls.index("capture into a pool, thread_local") + 1 :]
     ended = ["end a pool", "release a pool"] if cuda._ends_allocation else []
     healed = ("capture into None, thread_local", "heal", "end of capture into None, thread_local")
@@ -150,7 +166,7 @@ def test_a_capture_that_fails_is_repaired(cuda: Cuda) -> None:
 def test_no_memory_in_a_capture_is_no_fault_of_the_work(cuda: Cuda) -> None:
     error = torch.OutOfMemoryError("Tried to allocate 2 GiB")
     with pytest.raises(torch.OutOfMemoryError):
-        Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error))
+        Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error), Still())
     assert "heal" not in cuda.calls
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -26,7 +28,9 @@ from PIL import Image
 from autofit import cli, session, store
 from autofit.architectures import names
 from autofit.gpus import gpus
+from autofit.spec import SOFTWARE
 from autofit.techniques import KINDS
+from autofit.trial.run import PROMPT
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
@@ -97,7 +101,8 @@ class TestPlan:
         lines = planned.err.splitlines()
         assert lines[0] == "loading tiny-sd in a worker on cpu"
         assert re.fullmatch(r"\d+ legal plans for StableDiffusionPipeline on .+", lines[1])
-        assert re.fullmatch(r"  1 +[\d.]+ m?s +[\d.]+ MiB  resident", lines[2])
+        first = json.loads(planned.out)["trials"][0]["label"]
+        assert re.fullmatch(rf"  1 +[\d.]+ m?s +[\d.]+ MiB  {re.escape(first)}", lines[2])
         assert "verifying in full, twice, under the cap" in lines
         assert re.fullmatch(r"\d trials, planned in .+", lines[-1])
 
@@ -130,6 +135,53 @@ class TestPlan:
         assert len(second) == 2
 
 
+class TestPrivacy:
+    """A profile is made to be shared: what it says is of the model, the plan and the machine."""
+
+    @pytest.fixture(scope="class")
+    def text(self, planned: Ended, profile: Path) -> str:
+        return profile.read_text("utf-8")
+
+    def test_no_path_is_in_a_profile(self, text: str) -> None:
+        assert not re.search(r"[/\\~]", text)
+
+    def test_no_name_of_user_or_host_is_in_a_profile(self, text: str) -> None:
+        names = {getpass.getuser(), Path.home().name, platform.node()} - {"", "localhost"}
+        assert names
+        for name in names:
+            assert not re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE)
+
+    def test_no_prompt_is_in_a_profile(self, text: str) -> None:
+        words = set(re.findall(r"[a-z]+", text.lower()))
+        assert words.isdisjoint(set(re.findall(r"[a-z]{4,}", PROMPT)))
+
+    def test_a_profile_has_no_other_text_than_these(self, text: str) -> None:
+        """Every text that is not a number stands where the format says what it is."""
+        found = yaml.safe_load(text)
+        free = {
+            *found["on"]["versions"].values(),
+            *(part[key] for part in found["pipeline"]["components"] for key in part),
+        }
+        named = {
+            found["pipeline"]["cls"], found["pipeline"]["fingerprint"], found["on"]["device"],
+            found["on"]["cap"], found["measured"]["reference"],
+        }  # fmt: skip
+        plans = [found["plan"], *(rung["plan"] for rung in found.get("ladder", []))]
+        settings = {value for plan in plans for entry in plan for value in entry.values()}
+        rungs = {rung["measured"]["reference"] for rung in found.get("ladder", [])}
+        assert set(texts(found)) <= free | named | settings | rungs
+        assert set(found["on"]["versions"]) <= {*SOFTWARE, "python", "autofit"}
+
+
+def texts(data: Any) -> Iterator[str]:
+    """All texts in plain data that are not keys."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict | list):
+        for item in data.values() if isinstance(data, dict) else data:
+            yield from texts(item)
+
+
 # ---------------------------------------------------------------- Ctrl-C
 
 
@@ -155,7 +207,7 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, **setting, **heard) as run:
         assert run.stderr is not None
-        read_until(run.stderr, r"^ +1 .* resident$")
+        first = read_until(run.stderr, r"^ +1 .* resident$")[-1].partition("MiB  ")[-1].strip()
         workers = psutil.Process(run.pid).children(recursive=True)
         assert any("autofit.trial.worker" in w.cmdline() for w in workers)
         run.send_signal(signal.SIGINT)
@@ -167,10 +219,10 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
     again = subprocess.run(command, timeout=120, check=False, **setting)
     assert again.returncode == 0
     labels = [trial["label"] for trial in json.loads(again.stdout)["trials"]]
-    assert labels[0] == "resident"
+    assert labels[0] == first
     assert len(set(labels)) == len(labels)
     # tried before: not tried again
-    assert not re.search(r"MiB  resident$", again.stderr, re.MULTILINE)
+    assert not re.search(rf"MiB  {re.escape(first)}$", again.stderr, re.MULTILINE)
 
 
 def test_ctrl_c_outside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +321,8 @@ SPOILT: dict[str, tuple[Callable[[str], str], str]] = {
     "not YAML": (lambda _: "{", r"profile .+: not YAML: .+"),
     "not a profile": (lambda _: "- 1\n", r"profile .+: not a mapping of .+"),
     "of a later schema": (
-        lambda text: text.replace("schema: 1", "schema: 2"),
-        r"profile .+: schema 2 is newer than this autofit reads \(1\): upgrade autofit",
+        lambda text: text.replace("schema: 2", "schema: 3"),
+        r"profile .+: schema 3 is newer than this autofit reads \(2\): upgrade autofit",
     ),
     "without a field": (
         _without_fingerprint,
@@ -325,13 +377,18 @@ class TestShow:
         labels = [t["label"] for t in json.loads(planned.out)["trials"]]
         assert [line.strip().split(": ")[0] for line in tried][: len(labels)] == labels
         assert any("64x64 is one tile of 512 px" in line for line in lines)
+        assert any("of what this device can do within the budget" in line for line in lines)
 
     def test_json(self, planned: Ended, profile: Path) -> None:
         shown = json.loads(autofit("show", str(profile), "--json").out)
         assert shown == json.loads(planned.out)["profile"]
         with_why = json.loads(autofit("show", str(profile), "--why", "--json").out)
         assert with_why["profile"] == shown
-        assert set(with_why["why"]) == {"trials", "ruled_out"}
+        assert set(with_why["why"]) == {"limit_s", "trials", "ruled_out"}
+        assert with_why["why"]["limit_s"] > 0
+        # of the latest study that found this plan
+        kept = Path(json.loads(planned.out)["path"]).with_suffix(store.WHY)
+        assert with_why["why"] == json.loads(kept.read_text("utf-8"))
 
     def test_why_of_a_profile_from_elsewhere(self) -> None:
         ended = autofit("show", str(ROOT / "tests/golden/profile-1.yaml"), "--why")
@@ -373,12 +430,16 @@ class TestRun:
         asked = ("--profile", str(profile), "--prompt", "x", "--output", "x.png")
         ended = autofit("run", "tiny-flux", "--device", "cpu", *asked)
         assert ended.code == 2
-        assert ended.complaint.startswith(
-            "the profile is for StableDiffusionPipeline, this pipe is a FluxPipeline"
+        assert ended.complaint == (
+            "the profile does not hold here: it is for StableDiffusionPipeline, this pipe is a"
+            " FluxPipeline: plan here with autofit plan"
         )
         ended = autofit("run", "tiny-sd", "--device", "cpu", "--dtype", "float16", *asked)
         assert ended.code == 2
-        assert "another StableDiffusionPipeline (configuration, dtypes" in ended.complaint
+        assert re.search(
+            r"another StableDiffusionPipeline \(\w+ is float32 in the profile, float16 here\)",
+            ended.complaint,
+        )
 
     @pytest.mark.parametrize(
         ("changes", "message"),

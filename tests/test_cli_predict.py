@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,40 @@ def test_a_prediction_is_not_taken_for_a_profile(tmp_path: Path) -> None:
     assert "a prediction, which nothing measured" in shown.err
     with pytest.raises(BadInput, match="a prediction"):
         session.apply(build("tiny-sd"), profile=path, device="cpu")
+
+
+def test_the_budget_that_an_error_suggests_is_enough() -> None:
+    refused = autofit(*TINY, "--budget", "1MB")
+    assert refused.code == 3
+    suggested = re.search(r"try --budget (\d+MB)", refused.err)
+    assert suggested is not None
+    ended = autofit(*TINY, "--budget", suggested[1])
+    assert ended.code == 0, ended.err
+
+
+SECOND = """
+import sys, time
+start = time.perf_counter()
+from autofit.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"torch", "diffusers", "transformers", "accelerate", "optuna"} & set(sys.modules)
+print(time.perf_counter() - start, *heavy, file=sys.stderr)
+"""
+
+
+def test_a_model_seen_before_takes_no_torch_and_no_time() -> None:
+    arguments = (*TINY, "--budget", "1GB")
+    first = autofit(*arguments)
+    assert first.code == 0, first.err
+    command = [sys.executable, "-c", SECOND, *arguments]
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert second.stdout == first.out
+    took_s, *heavy = second.stderr.split()
+    assert heavy == []
+    assert float(took_s) < 3  # 0.5 where the processor is free
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 
 from autofit import anatomy
 from autofit.probe import facts, probe_device
-from autofit.spec import Device, Fidelity, Kernel, Phase, Slot, Technique, Workload
+from autofit.spec import Device, Fidelity, Kernel, Phase, Pipeline, Slot, Technique, Workload
 from autofit.techniques import CANDIDATES, KINDS
+from autofit.techniques.decode import TiledVae
 from autofit.techniques.placement import Resident
 from autofit.trial import generate
 
@@ -31,6 +32,15 @@ CLOSE_DB = 30.0
 # have nothing in common are at 8 dB.
 CLOSE_BFLOAT16_DB = 17.0
 EXACT_CUDA_DB = 60.0  # memory at another address may get another convolution kernel
+# Images as small as these are one tile of any candidate: what is run has tiles that cut them.
+TILES = (TiledVae(SIDE_PX, 0.25), TiledVae(SIDE_PX, 0.25, sliced=True))
+RUN = (*(t for t in CANDIDATES if not isinstance(t, TiledVae)), *TILES)
+
+
+def each(techniques: Iterable[Technique]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "technique", techniques, ids=lambda t: t.label, indirect=True, scope="session"
+    )
 
 
 class Boom(Exception):
@@ -46,7 +56,7 @@ class Run:
     left: list[str]
 
 
-@pytest.fixture(params=CANDIDATES, ids=lambda t: t.label, scope="session")
+@pytest.fixture(scope="session")
 def technique(request: pytest.FixtureRequest) -> Technique:
     found: Technique = request.param
     return found
@@ -73,13 +83,17 @@ def probed(device: str) -> Device:
     return samples.device(kind="cpu", name="a CPU", capability=None, kernels=kernels)
 
 
+@pytest.fixture(scope="session")
+def pipeline(model: str, pipes: Pipes) -> Pipeline:
+    return facts(pipes[model])
+
+
 @pytest.fixture
-def pipe(technique: Technique, model: str, pipes: Pipes, device: str, probed: Device) -> Any:
-    found = pipes[model]
-    reason = technique.why_not(facts(found), probed, WORKLOAD)
+def pipe(technique: Technique, model: str, pipes: Pipes, pipeline: Pipeline, probed: Device) -> Any:
+    reason = technique.why_not(pipeline, probed, WORKLOAD)
     if reason is not None:
         pytest.skip(f"{technique.label}: {reason}")
-    return found
+    return pipes[model]
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +178,8 @@ def _psnr_db(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-class TestEveryTechnique:
+@each(RUN)
+class TestWhatIsRun:
     def test_leaves_the_pipe_as_it_found_it(self, run: Run) -> None:
         assert run.left == []
 
@@ -201,11 +216,11 @@ class TestEveryTechnique:
         self,
         technique: Technique,
         device: str,
-        pipe: Any,
+        pipeline: Pipeline,
         reference: Callable[[int], NDArray[np.float32]],
         run: Run,
     ) -> None:
-        dtype = technique.facts(facts(pipe)).denoiser.dtype
+        dtype = technique.facts(pipeline).denoiser.dtype
         close = CLOSE_BFLOAT16_DB if dtype == "bfloat16" else CLOSE_DB
         exact = math.inf if device == "cpu" else EXACT_CUDA_DB
         least = {Fidelity.EXACT: exact, Fidelity.NUMERIC: close, Fidelity.LOSSY: -math.inf}
@@ -221,6 +236,9 @@ class TestEveryTechnique:
             else:
                 assert _psnr_db(images, run.images[0]) >= CLOSE_DB
 
+
+@each(CANDIDATES)
+class TestEveryCandidate:
     def test_survives_a_round_trip_of_its_settings(self, technique: Technique) -> None:
         again = KINDS[technique.name](**technique.settings)
         assert again == technique
@@ -228,17 +246,15 @@ class TestEveryTechnique:
         assert again.label == technique.label
 
     def test_says_why_not_in_a_sentence(
-        self, technique: Technique, model: str, pipes: Pipes, probed: Device
+        self, technique: Technique, pipeline: Pipeline, probed: Device
     ) -> None:
-        asked = facts(pipes[model]), probed, WORKLOAD
+        asked = pipeline, probed, WORKLOAD
         for reason in (technique.why_not(*asked), technique.why_pointless(*asked)):
             assert reason is None or (len(reason) > 10 and reason == reason.strip())
             assert reason is None or "\n" not in reason
 
-    def test_hopes_for_positive_factors(
-        self, technique: Technique, model: str, pipes: Pipes
-    ) -> None:
-        effects = technique.effects(facts(pipes[model]), WORKLOAD)
+    def test_hopes_for_positive_factors(self, technique: Technique, pipeline: Pipeline) -> None:
+        effects = technique.effects(pipeline, WORKLOAD)
         assert set(effects) <= set(Phase)
         assert all(e.seconds > 0 and e.activations > 0 for e in effects.values())
 

@@ -20,7 +20,7 @@ from autofit.architectures import build
 from autofit.probe.pipeline import facts
 from autofit.spec import Fidelity, Phase, Workload
 from autofit.techniques import cuda_graph
-from autofit.techniques.capture import NotCapturable
+from autofit.techniques.capture import NotCapturable, Weights
 from autofit.techniques.cuda_graph import MAX_GRAPHS, CudaGraph
 from autofit.techniques.guidance import TwoPasses
 
@@ -36,10 +36,12 @@ class Capturer:
     def is_capturing(self) -> bool:
         return False
 
-    def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(self, work: Callable[[], Any], weights: Weights) -> tuple[Callable[[], None], Any]:
         self.captures += 1
         self.fails()
-        outputs, spec = work()
+        weights.begin()
+        with weights.capturing():
+            outputs, spec = work()
         self.outputs += outputs
 
         def replay() -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import Pipes
 
-from autofit import dryrun
 from autofit.dryrun import DryRun, memo
 from autofit.roofline import PhaseFacts
 from autofit.spec import BadInput, Phase, Technique, Workload
@@ -68,11 +67,11 @@ def assert_alike(found: Mapping[Phase, PhaseFacts], expected: Mapping[Phase, Pha
 
 
 class TestBytes:
-    @pytest.mark.parametrize("size", [SMALL, LARGE], ids=str)
     @pytest.mark.parametrize(
-        "techniques",
-        [(), (MATH,), (TWO,), (SLICED,), (TILED,), (BOTH,), (TILED, MATH)],
-        ids=lambda ts: " + ".join(t.label for t in ts) or "as found",
+        ("size", "techniques"),
+        [(SMALL, ())]
+        + [(LARGE, ts) for ts in ((), (MATH,), (TWO,), (SLICED,), (BOTH,), (TILED, MATH))],
+        ids=lambda found: " + ".join(getattr(t, "label", str(t)) for t in found) or "as found",
     )
     def test_are_those_of_a_true_run(
         self, techniques: tuple[Technique, ...], size: tuple[int, int, int], model: str,
@@ -202,13 +201,13 @@ class TestCache:
     def test_answers_in_memory_and_on_disk(
         self, fresh: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = dryrun.phases("tiny-sd", workload("tiny-sd"), [TILED])
+        first = DryRun("tiny-sd").phases(workload("tiny-sd"), [TILED])
         assert len(list(fresh.iterdir())) == 2  # all before decoding, and the decode
         monkeypatch.setattr("autofit.dryrun.front.run_front", None)
         monkeypatch.setattr("autofit.dryrun.decode.run_decode", None)
-        assert dryrun.phases("tiny-sd", workload("tiny-sd"), [TILED]) == first
+        assert DryRun("tiny-sd").phases(workload("tiny-sd"), [TILED]) == first
         memo.forget()
-        assert dryrun.phases("tiny-sd", workload("tiny-sd"), [TILED]) == first
+        assert DryRun("tiny-sd").phases(workload("tiny-sd"), [TILED]) == first
 
     def test_runs_encoders_and_denoiser_once_for_all_decodes(
         self, fresh: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,25 +220,25 @@ class TestCache:
             assert len(list(fresh.iterdir())) == number
 
     def test_of_a_broken_file_is_made_anew(self, fresh: Path) -> None:
-        first = dryrun.phases("tiny-sd", workload("tiny-sd"))
+        first = DryRun("tiny-sd").phases(workload("tiny-sd"))
         for path in fresh.iterdir():
             path.write_text(path.read_text()[:-20])
         memo.forget()
-        assert dryrun.phases("tiny-sd", workload("tiny-sd")) == first
+        assert DryRun("tiny-sd").phases(workload("tiny-sd")) == first
 
     def test_is_not_needed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "file"))  # no folder can be made in it
-        assert dryrun.phases("tiny-sd", workload("tiny-sd"))[Phase.STEP].flops > 0
+        assert DryRun("tiny-sd").phases(workload("tiny-sd"))[Phase.STEP].flops > 0
 
 
 TIMED = r"""
 import json, re, sys, time
 start = time.perf_counter()
-from autofit.dryrun import phases
+from autofit.dryrun import DryRun
 from autofit.spec import Workload
 width, height, passes = map(int, sys.argv[2:])
-found = phases(sys.argv[1], Workload(width, height, 20, passes=passes))
+found = DryRun(sys.argv[1]).phases(Workload(width, height, 20, passes=passes))
 print(json.dumps({
     "s": time.perf_counter() - start,
     "bytes": 1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]),

@@ -16,7 +16,8 @@ from autofit.dryrun import DryRun
 from autofit.spec import BadInput
 
 
-class TestSources:
+@pytest.mark.parametrize("model", ["tiny-sdxl", "tiny-flux"])
+class TestAnyModel:
     def test_a_name_and_a_pipe_have_the_same_facts(self, model: str, pipes: Pipes) -> None:
         asked = workload(model, LARGE)
         assert DryRun(model).phases(asked) == DryRun(pipes[model]).phases(asked)
@@ -39,6 +40,23 @@ class TestSources:
         asked = workload(model, LARGE)
         assert_alike(DryRun(str(folder)).phases(asked), DryRun(pipes[model]).phases(asked))
 
+    def test_a_pipe_is_left_as_it_was(self, model: str, pipes: Pipes) -> None:
+        pipe = pipes[model]
+        parts = anatomy.modules(pipe).values()
+        before = [(t, t.data_ptr(), dict(vars(m))) for m in parts for _, _, t in anatomy.tensors(m)]
+        scheduler, found = dict(vars(pipe.scheduler)), probe.fingerprint(pipe)
+        DryRun(pipe).phases(workload(model), [BF16, TILED])
+        after = [(t, t.data_ptr(), dict(vars(m))) for m in parts for _, _, t in anatomy.tensors(m)]
+        for (old, at, attributes), (new, now, left) in zip(before, after, strict=True):
+            assert new is old
+            assert now == at
+            assert left.keys() == attributes.keys()
+        assert vars(pipe.scheduler).keys() >= scheduler.keys()
+        assert not {"step", "set_timesteps", "scale_model_input"} & vars(pipe.scheduler).keys()
+        assert probe.fingerprint(pipe) == found
+
+
+class TestSources:
     def test_a_folder_takes_the_dtype_that_is_asked_for(self, pipes: Pipes, tmp_path: Path) -> None:
         pipes["tiny-sd"].save_pretrained(tmp_path / "saved")
         found = DryRun(str(tmp_path / "saved"), dtype="float16").phases(workload("tiny-sd"))
@@ -63,21 +81,6 @@ class TestSources:
     def test_the_hub_out_of_reach(self) -> None:
         with pytest.raises(BadInput, match="'someone/tiny': could not reach the Hub"):
             DryRun("someone/tiny")
-
-    def test_a_pipe_is_left_as_it_was(self, model: str, pipes: Pipes) -> None:
-        pipe = pipes[model]
-        parts = anatomy.modules(pipe).values()
-        before = [(t, t.data_ptr(), dict(vars(m))) for m in parts for _, _, t in anatomy.tensors(m)]
-        scheduler, found = dict(vars(pipe.scheduler)), probe.fingerprint(pipe)
-        DryRun(pipe).phases(workload(model), [BF16, TILED])
-        after = [(t, t.data_ptr(), dict(vars(m))) for m in parts for _, _, t in anatomy.tensors(m)]
-        for (old, at, attributes), (new, now, left) in zip(before, after, strict=True):
-            assert new is old
-            assert now == at
-            assert left.keys() == attributes.keys()
-        assert vars(pipe.scheduler).keys() >= scheduler.keys()
-        assert not {"step", "set_timesteps", "scale_model_input"} & vars(pipe.scheduler).keys()
-        assert probe.fingerprint(pipe) == found
 
     @pytest.mark.parametrize(
         ("model", "dtype", "message"),

@@ -20,7 +20,9 @@ def loaded(statement: str) -> set[str]:
     return set(answer.stdout.split()) & set(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["autofit", "autofit.spec", "autofit.units", "autofit.gpus"])
+@pytest.mark.parametrize(
+    "module", ["autofit", "autofit.spec", "autofit.units", "autofit.gpus", "autofit.techniques"]
+)
 def test_import_is_light(module: str) -> None:
     assert loaded(f"import {module}") == set()
 

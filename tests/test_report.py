@@ -10,7 +10,7 @@ import samples
 from rich.console import Console
 from rich.table import Table
 
-from autofit import report
+from autofit import report, tables
 from autofit.plain import document
 from autofit.spec import Attempt, Environment, Failure, Outcome, Phase, Plan, Why, Workload
 from autofit.techniques import KINDS
@@ -26,7 +26,7 @@ def rendered(table: Table) -> list[str]:
 
 
 def rows(attempts: list[Attempt], best: Plan | None = samples.FAST) -> list[list[str]]:
-    lines = rendered(report.trials_table(attempts, best, BUDGET))
+    lines = rendered(tables.trials_table(attempts, best, BUDGET))
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     return [row for row in cells if row]
 
@@ -56,6 +56,12 @@ def test_a_profile_says_what_it_does_and_costs() -> None:
         "versions  python 3.12.3, torch 2.11.0+cu130, diffusers 0.42.1, transformers 5.17.0,"
         " accelerate 1.15.0, cuda 13.0, driver 580.95.05",
     ]
+
+
+def test_how_near_a_profile_comes_to_the_limit_is_said_where_it_is_known() -> None:
+    lines = report.profile_lines(samples.profile(), 0.7).splitlines()
+    assert lines[5].startswith("time      0.865 s")
+    assert lines[6] == "          at least 81% of what this device can do within the budget"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,7 @@ def test_the_output_is_compared_or_exact(plan: Plan, psnr_db: float | None, text
 
 
 def test_no_trials_make_an_empty_table() -> None:
-    table = report.trials_table([], None, BUDGET)
+    table = tables.trials_table([], None, BUDGET)
     assert table.row_count == 0
     assert table.title == "0 trials within 4.00 GiB"
 
@@ -191,7 +197,7 @@ def test_no_trials_make_an_empty_table() -> None:
 
 
 def test_a_device_is_shown_with_its_rates() -> None:
-    text = "\n".join(rendered(report.device_table(samples.device())))
+    text = "\n".join(rendered(tables.device_table(samples.device())))
     for part in (
         "NVIDIA H200",
         "139.80 GiB",
@@ -206,7 +212,7 @@ def test_a_device_is_shown_with_its_rates() -> None:
 
 def test_a_processor_has_no_transfer_rates() -> None:
     cpu = samples.device(kind="cpu", name="EPYC [x16]", capability=None, context_bytes=0)
-    text = "\n".join(rendered(report.device_table(cpu)))
+    text = "\n".join(rendered(tables.device_table(cpu)))
     assert "EPYC [x16]" in text
     assert not any(word in text for word in ("pinned", "capability", "context"))
 

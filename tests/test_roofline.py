@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
+from recorded_tiles import each_as_recorded
 from test_golden import GOLDEN, Recorded
 
 from autofit import roofline
@@ -19,6 +21,8 @@ from autofit.techniques import KINDS
 
 # Bytes of activations, those of steps and decodes, and of encoding, which are few.
 BYTES_ERROR, ENCODE_ERROR = 0.03, 0.1
+# Of a tile of 544 px cuDNN copied less than is counted, on an H100; too much is the safe side.
+OVER_ERROR = 0.18
 # Seconds: what the shares in roofline.py were fitted to. Median of all, and the worst.
 MEDIAN_ERROR, WORST_ERROR = 0.15, 0.5
 # What merges or lays out operations otherwise: not seen in single operations.
@@ -55,9 +59,9 @@ def dry(model: str) -> DryRun:
     return DryRun(model)
 
 
-def trials() -> Iterator[tuple[str, Recorded, Attempt, Measurement]]:
+def trials(paths: Iterable[Path]) -> Iterator[tuple[str, Recorded, Attempt, Measurement]]:
     """Recorded trials whose techniques a dry run sees, under placements that say what they hold."""
-    for path in GOLDEN:
+    for path in paths:
         recorded = Recorded(path)
         for attempt in recorded.attempts:
             slots = {t.slot for t in attempt.plan.techniques}
@@ -71,9 +75,17 @@ def device() -> Device:
 
 
 @pytest.mark.slow
-def test_bytes_are_near_those_that_the_gpu_held() -> None:
-    errors = []
-    for model, recorded, attempt, measured in trials():
+def test_bytes_are_near_those_that_the_gpu_held(tmp_path: Path) -> None:
+    errors = list(byte_errors(each_as_recorded(tmp_path)))
+    assert len(errors) >= 20
+    for phase, error in errors:
+        assert error >= -(ENCODE_ERROR if phase is Phase.ENCODE else BYTES_ERROR)
+        assert error <= OVER_ERROR
+    assert statistics.median(abs(error) for _, error in errors) <= BYTES_ERROR
+
+
+def byte_errors(paths: Iterable[Path]) -> Iterator[tuple[Phase, float]]:
+    for model, recorded, attempt, measured in trials(paths):
         task = recorded.task()
         facts, plan = attempt.plan.facts(task.pipeline), attempt.plan
         found = dry(model).phases(task.workload, plan.techniques)
@@ -83,10 +95,7 @@ def test_bytes_are_near_those_that_the_gpu_held() -> None:
             said_bytes = found[phase].activation_bytes + roofline.blas_bytes(task.device)
             error = said_bytes / true_bytes - 1
             print(f"{error:+.1%} {said_bytes / 2**30:.3f} GiB: {model} {phase.value} {plan.label}")
-            errors.append((phase, abs(error)))
-    assert len(errors) >= 20
-    for phase, error in errors:
-        assert error <= (ENCODE_ERROR if phase is Phase.ENCODE else BYTES_ERROR)
+            yield phase, error
 
 
 def seconds() -> Iterator[tuple[str, float, float]]:
@@ -95,7 +104,7 @@ def seconds() -> Iterator[tuple[str, float, float]]:
         said_s = roofline.seconds(dry(model).phases(workload, techniques)[phase], device())
         label = " + ".join(t.label for t in techniques)
         yield f"{model} {workload.width}px {phase.value} {label}", said_s, true_s
-    for model, recorded, attempt, measured in trials():
+    for model, recorded, attempt, measured in trials(GOLDEN):
         task = recorded.task()
         facts, plan = attempt.plan.facts(task.pipeline), attempt.plan
         found = dry(model).phases(task.workload, plan.techniques)
@@ -103,8 +112,16 @@ def seconds() -> Iterator[tuple[str, float, float]]:
         for phase, true_s in true.items():
             said_s = roofline.seconds(found[phase], task.device)
             traffic = plan.placement.traffic(facts, phase)
+            if _waits_for_another_host(found[phase], said_s, task.device):
+                continue
             if traffic.pinned_bytes / task.device.pinned_bytes_s < 0.3 * said_s:
                 yield f"{model} {phase.value} {plan.label}", said_s, true_s
+
+
+def _waits_for_another_host(facts: PhaseFacts, said_s: float, on: Device) -> bool:
+    """``LAUNCH_S`` was measured on the host of the H200. Where launches take half of the time or
+    more, another host's processor decides: the H100's took 1.8 times as long for a step of SDXL."""
+    return on.name != device().name and facts.launches * roofline.LAUNCH_S > 0.5 * said_s
 
 
 @pytest.mark.slow

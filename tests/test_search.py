@@ -49,10 +49,11 @@ def within(attempts: Sequence[Attempt], budget_bytes: int) -> Measurement:
 
 
 def test_finds_nearly_the_fastest_of_all_plans() -> None:
-    """In worlds where each choice is up to a quarter better or worse than predicted."""
+    """In worlds where each choice is up to a quarter better or worse than predicted. Of 96 of them
+    the mean is 1.047 and the deviation 0.07: of 16 the mean strays by 0.017."""
     regrets = []
     for budget_bytes in map(gib, (4, 6, 8, 12)):
-        for seed in range(3):
+        for seed in range(4):
             world = World(budget_bytes, seed)
             every = [o.image_s for p in PLANS if isinstance(o := world.best(p), Measurement)]
             found = search(task(budget_bytes), world.measure)
@@ -185,6 +186,24 @@ def test_a_choice_that_breaks_is_not_tried_in_other_plans() -> None:
     broken = [p.at(Slot.EXECUTION) for p in world.calls if p.at(Slot.EXECUTION)]
     assert broken
     assert len(set(broken)) == len(broken)
+
+
+def test_what_only_ran_out_of_memory_is_still_hoped_for() -> None:
+    """Such a trial says nothing about seconds: the choice is tried again where it fits."""
+    tile, kernel = "tiled_vae(tile_px=512, overlap=0.125)", "sdpa(kernel=cudnn)"
+    labels = ["resident", f"{tile} + resident", f"{kernel} + resident"]
+    *known, last = labels = [*labels, f"{tile} + {kernel} + resident"]
+    plans = tuple(next(p for p in PLANS if p.label == label) for label in labels)
+    world = World(gib(24))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, give_up_s)
+        if plan.label == known[-1]:
+            return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.DECODE)
+        return outcome
+
+    found = search(task(gib(24), plans), measure, first=plans[:3])
+    assert [a.plan.label for a in found.attempts] == [*known, last]
 
 
 def test_stops_where_every_plan_breaks() -> None:

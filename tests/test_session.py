@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from snapshots import differences, snapshot
 
 import autofit
 from autofit import BadInput, Plan, Profile, Workload, probe, session, store
-from autofit.architectures import build
+from autofit.architectures import build, load
+from autofit.match import Level, environment
 from autofit.planner import Effort
+from autofit.spec import Measurement, Outcome, Rung
 from autofit.techniques import KINDS
+from autofit.trial import InProcess, Request
 
 SHORT = Effort(trials=2)
 RESIDENT = KINDS["resident"]()
@@ -35,11 +39,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def profile_for(pipe: Any, plan: Plan = CHANGED, **changes: Any) -> Profile:
+    """As if measured on this machine, with these versions."""
     facts = {
         "pipeline": type(pipe).__name__,
         "fingerprint": probe.fingerprint(pipe),
         "workload": Workload(64, 64, 2, passes=2),
         "plan": plan,
+        "on": environment(probe.probe_device("cpu"), 4 * samples.GIB),
     }
     return samples.profile(**(facts | changes))
 
@@ -163,6 +169,7 @@ class TestApplied:
         given = kind(tmp_path / "profile.yaml")
         with autofit.apply(pipe, profile=given, device="cpu") as fit:
             assert fit.profile == profile
+            assert fit.match.level is Level.SAME
 
     def test_needs_a_budget_or_a_profile_not_both(self, pipe: Any) -> None:
         for given in ({}, {"budget": "1GB", "profile": profile_for(pipe)}):
@@ -194,7 +201,7 @@ class TestApplied:
             ({"fingerprint": "0" * 64}, "another StableDiffusionPipeline .configuration, dtypes"),
             (
                 {"plan": Plan((KINDS["group_offload"](level="leaf", stream=True),))},
-                "plan cannot run on cpu .*streams need CUDA.: plan for it here",
+                "plan cannot run on .*streams need CUDA.: plan here with autofit plan",
             ),
         ],
     )
@@ -209,6 +216,98 @@ class TestApplied:
         half = build("tiny-sd", dtype="bfloat16")
         with pytest.raises(BadInput, match="dtypes or adapters differ"):
             autofit.apply(half, profile=profile_for(pipe), device="cpu")
+
+
+class TestTravelled:
+    """A profile that was measured elsewhere, applied to a pipe in this process."""
+
+    @pytest.fixture
+    def pipe(self, pipes: Pipes) -> Iterator[Any]:
+        pipe = pipes["tiny-sd"]
+        before = snapshot(pipe)
+        yield pipe
+        assert differences(before, snapshot(pipe)) == []
+
+    @pytest.fixture
+    def trials(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Plan]:
+        """The plans that are tried, in a user's folder of the test's own."""
+        monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+        found: list[Plan] = []
+
+        class Counted(InProcess):
+            def measure(self, request: Request) -> Outcome:
+                found.append(request.plan)
+                return super().measure(request)
+
+        monkeypatch.setattr(session, "InProcess", Counted)
+        return found
+
+    @pytest.fixture
+    def elsewhere(self, pipe: Any) -> Profile:
+        return profile_for(pipe, on=samples.profile().on)
+
+    def test_is_verified_before_the_first_use_and_not_before_the_next(
+        self, pipe: Any, elsewhere: Profile, trials: list[Plan]
+    ) -> None:
+        with autofit.apply(pipe, profile=elsewhere, device="cpu") as fit:
+            assert str(pipe.unet.dtype) == "torch.bfloat16"
+        assert fit.match.level is Level.CARD
+        (evidence,) = fit.profile.evidence
+        assert isinstance(evidence.outcome, Measurement)
+        assert evidence.outcome.verified
+        assert evidence.on == environment(probe.probe_device("cpu"), elsewhere.budget_bytes)
+        with autofit.apply(pipe, profile=elsewhere, device="cpu") as again:
+            assert again.profile == fit.profile
+        assert again.match.level is Level.SAME
+        assert trials == [CHANGED]
+
+    def test_is_applied_untried_where_that_is_asked_for(
+        self, pipe: Any, elsewhere: Profile, trials: list[Plan]
+    ) -> None:
+        with autofit.apply(pipe, profile=elsewhere, device="cpu", verify=False) as fit:
+            assert str(pipe.unet.dtype) == "torch.bfloat16"
+        assert (fit.profile, fit.match.level, trials) == (elsewhere, Level.CARD, [])
+
+    def test_steps_down_its_ladder_where_its_plan_does_not_run(
+        self, pipe: Any, elsewhere: Profile, trials: list[Plan], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no such kernel in /home/ada/lib")
+
+        monkeypatch.setattr(KINDS["sdpa"], "applied", broken)
+        leaner = Plan((KINDS["half_precision"]("bfloat16"), RESIDENT))
+        rung = Rung(leaner, samples.measurement(peak_bytes=samples.GIB, verified=False))
+        given = dataclasses.replace(elsewhere, ladder=(rung,))
+        with autofit.apply(pipe, profile=given, device="cpu") as fit:
+            assert fit.profile.plan == leaner
+        assert "verified here, it failed: error" in fit.match.reason
+        assert trials == [CHANGED, leaner]
+        texts = [path.read_text("utf-8") for path in store.folder().glob("profiles/*.yaml")]
+        assert len(texts) == 2
+        assert not any("ada" in text for text in texts)
+
+    def test_is_found_by_a_budget_and_verified(
+        self, pipe: Any, elsewhere: Profile, trials: list[Plan], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.keep(elsewhere)
+        monkeypatch.setattr(session, "find_plan", _fail)
+        asked: dict[str, Any] = {"budget": "4GiB", "size": (64, 64), "steps": 2, "device": "cpu"}
+        for level in (Level.CARD, Level.SAME):
+            with autofit.apply(pipe, **asked) as fit:
+                assert (fit.profile.plan, fit.match.level) == (CHANGED, level)
+        assert trials == [CHANGED]
+
+
+def test_where_a_model_was_loaded_from_is_not_in_its_profile(
+    pipes: Pipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "ada-lovelace"
+    pipes["tiny-sd"].save_pretrained(folder)
+    asked: dict[str, Any] = {"budget": "1GB", "size": (64, 64), "steps": 1, "device": "cpu"}
+    autofit.plan(load(str(folder)), **asked, effort=Effort(trials=1))
+    (path,) = store.folder().glob("profiles/*.yaml")
+    assert not re.search("ada-lovelace|/", path.read_text("utf-8"))
 
 
 class TestOffloadedAlready:

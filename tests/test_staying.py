@@ -24,7 +24,7 @@ PLANS = (EAGER, GRAPHED, HALVED, plan(COMPILED), plan(TILED), plan(TILED, GRAPH)
 
 
 def surrogate(budget_bytes: int = gib(80)) -> Surrogate:
-    return Surrogate(PLANS, SDXL, CARD, LARGE, budget_bytes)
+    return Surrogate(PLANS, SDXL, CARD, LARGE, budget_bytes, {})
 
 
 def step_bytes(of: Plan) -> int:
@@ -85,7 +85,7 @@ def test_what_a_graph_lacked_is_not_refused_to_plans_without_one() -> None:
 def test_as_much_left_is_refused_too() -> None:
     cudnn = KINDS["sdpa"]("cudnn")
     plans = (GRAPHED, plan(GRAPH, cudnn), HALVED)
-    learner = Surrogate(plans, SDXL, CARD, LARGE, gib(10))
+    learner = Surrogate(plans, SDXL, CARD, LARGE, gib(10), {})
     learner.learn(0, GRAPHED, no_memory(), None)
     assert list(learner.impossible()) == [True, True, False]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from snapshots import differences
 from streaming_nets import noted, size_of
 
-from autofit import anatomy, techniques
+from autofit import anatomy, probe, techniques
 from autofit.spec import Plan, Technique, Workload
 from autofit.streaming.parts import SMALL_SHARE
 from autofit.techniques.guidance import TwoPasses
@@ -127,7 +127,7 @@ def test_twenty_calls_of_changing_sizes_do_not_grow(pipes: Pipes, device: str, p
         ("tiny-flux", (HalfPrecision("bfloat16"),)),
         ("tiny-sd3", (HalfPrecision("float16"), TwoPasses())),
         ("tiny-sd", (ChannelsLastDenoiser(), ChannelsLastVae())),
-        ("tiny-sd", (TwoPasses(),)),
+        ("tiny-sd", (HalfPrecision("float16"), TwoPasses())),  # its VAE streams
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(t.label for t in value),
 )
@@ -147,6 +147,16 @@ def test_with_other_techniques(
     assert sum(copies) > run_bytes(pipe) / 8
     for image in found:
         assert_alike(image, wanted, device)
+
+
+@pytest.mark.parametrize(("name", "streams"), [("tiny-sd", True), ("tiny-sdxl", False)])
+def test_a_float16_vae_streams_unless_it_is_cast_to_decode(
+    name: str, streams: bool, pipes: Pipes, device: str
+) -> None:
+    pipe = pipes[name]
+    with HalfPrecision("float16").applied(pipe, device), Streamed().applied(pipe, device):
+        assert ("forward" in vars(pipe.vae.decoder)) is streams
+        assert probe.facts(pipe).vae_upcasts is not streams
 
 
 @pytest.mark.parametrize("share", [0.3, 1.2])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +64,58 @@ def build(name: str, *, dtype: str | None = None, seed: int = 0) -> Any:
     architecture = next((a for a in ARCHITECTURES if a.name == name), None)
     if architecture is None:
         raise _unknown(name)
-    from autofit.architectures import published, tiny
+    from accelerate import init_empty_weights
+
     from autofit.architectures.checkpoint import torch_dtype
     from autofit.architectures.weights import materialize
 
     to = torch_dtype(dtype or architecture.dtype)
-    pipe = (tiny.PIPELINES | published.PIPELINES)[name]()
+    with init_empty_weights():
+        pipe = made(name)
     materialize(pipe, to, seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def made(name: str) -> Any:
+    """Make a built-in pipeline as diffusers does. Its weights get memory where the caller lets
+    them: not under ``init_empty_weights``, nor in a fake mode. Both at once fail in torch 2.11."""
+    from autofit.architectures import published, tiny
+
+    return (tiny.PIPELINES | published.PIPELINES)[name]()
+
+
+def located(model: str) -> Path | None:
+    """The folder that a model's text names; None for ``org/name``, on the Hub.
+
+    Raises:
+        BadInput: neither.
+    """
+    folder = Path(os.path.expanduser(model))  # pathlib raises for an unknown ~user
+    if folder.exists():
+        return folder
+    if _HUB_ID.fullmatch(model):
+        return None
+    raise _unknown(model)
+
+
+@contextmanager
+def reaching_hub(model: str) -> Iterator[None]:
+    """For whatever asks the Hub for a model: its failures become one line.
+
+    Raises:
+        BadInput: no such model, no access to it, or no network.
+    """
+    import httpx
+
+    try:
+        yield
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise BadInput(
+            f"model {model!r}: could not reach the Hub, or it has no such pipeline"
+            f" ({first_line(error.__cause__ or error)}); give a local folder, or a built-in:"
+            f" {', '.join(names())}"
+        ) from error
 
 
 def load(model: str, *, dtype: str | None = None) -> Any:
@@ -83,19 +128,20 @@ def load(model: str, *, dtype: str | None = None) -> Any:
     """
     if model in names():
         return build(model, dtype=dtype)
-    folder = Path(os.path.expanduser(model))  # pathlib raises for an unknown ~user
-    if folder.exists():
-        from autofit.architectures.checkpoint import from_folder
+    folder = located(model)
+    from autofit.architectures.checkpoint import downloaded, from_folder
 
-        pipe = from_folder(folder, dtype)
-    elif _HUB_ID.fullmatch(model):
-        from autofit.architectures.checkpoint import from_hub
-
-        pipe = from_hub(model, dtype, names())
-    else:
-        raise _unknown(model)
+    if folder is None:
+        with reaching_hub(model):
+            folder = downloaded(model)
+    pipe = from_folder(folder, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _unknown(model: str) -> BadInput:

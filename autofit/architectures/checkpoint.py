@@ -7,12 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
+from autofit.architectures import first_line
 from autofit.spec import BadInput
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,24 +40,12 @@ def from_folder(folder: Path, dtype: str | None) -> Any:
             folder, dtype=wanted or _own_dtypes(folder), local_files_only=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"folder {folder}: {_first_line(error)}; save the pipeline again") from error
+        raise BadInput(f"folder {folder}: {first_line(error)}; save the pipeline again") from error
 
 
-def from_hub(model: str, dtype: str | None, builtin: tuple[str, ...]) -> Any:
-    """Load ``org/name`` from the Hub or its local cache.
-
-    Raises:
-        BadInput: no such model, no access to it, or no network.
-    """
-    try:
-        folder = DiffusionPipeline.download(model)
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-        raise BadInput(
-            f"model {model!r}: could not reach the Hub, or it has no such pipeline"
-            f" ({_first_line(error.__cause__ or error)}); give a local folder, or a built-in:"
-            f" {', '.join(builtin)}"
-        ) from error
-    return from_folder(Path(folder), dtype)
+def downloaded(model: str) -> Path:
+    """The folder of ``org/name`` in the Hub's local cache, filled where it is not yet."""
+    return Path(DiffusionPipeline.download(model))
 
 
 def _own_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -77,7 +64,3 @@ def _dtype_of(folder: Path) -> torch.dtype | None:
                 tensor = weights.get_slice(name)
                 elements[tensor.get_dtype()] += prod(tensor.get_shape())
     return _SAFETENSORS.get(elements.most_common(1)[0][0]) if elements else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Components that several architectures share. Call under ``init_empty_weights``."""
+"""Components that several architectures share."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Published configurations, as on the Hub. Weights on the meta device."""
+"""Published configurations, as on the Hub. Called where weights get no memory (``meta``, fakes)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import diffusers
-from accelerate import init_empty_weights
 
 from autofit.architectures.parts import TextSize, autoencoder, clip_text, t5_encoder
 from autofit.architectures.tokenizers import clip_tokenizer, t5_tokenizer
@@ -33,12 +32,11 @@ def _vae_16_channels(scaling_factor: float, shift_factor: float) -> Any:
 
 def sd15() -> Any:
     """runwayml/stable-diffusion-v1-5 without its safety checker, with DDIM for its PNDM."""
-    with init_empty_weights():
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8
-        )
-        vae = _vae(sample_size=512, scaling_factor=0.18215)
-        text_encoder = clip_text(_CLIP_L)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8
+    )
+    vae = _vae(sample_size=512, scaling_factor=0.18215)
+    text_encoder = clip_text(_CLIP_L)
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -55,23 +53,22 @@ def sd15() -> Any:
 
 def sdxl() -> Any:
     """stabilityai/stable-diffusion-xl-base-1.0."""
-    with init_empty_weights():
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),  # heads, not their size
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        vae = _vae(sample_size=1024, scaling_factor=0.13025, force_upcast=True)
-        text_encoder = clip_text(_CLIP_L)
-        text_encoder_2 = clip_text(_CLIP_G, act="gelu", projection=1280)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),  # heads, not their size
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    vae = _vae(sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+    text_encoder = clip_text(_CLIP_L)
+    text_encoder_2 = clip_text(_CLIP_G, act="gelu", projection=1280)
     return diffusers.StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -88,26 +85,25 @@ def sdxl() -> Any:
 
 def sd35_medium() -> Any:
     """stabilityai/stable-diffusion-3.5-medium."""
-    with init_empty_weights():
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            joint_attention_dim=4096,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        )
-        vae = _vae_16_channels(1.5305, 0.0609)
-        text_encoder = clip_text(_CLIP_L, projection=768)
-        text_encoder_2 = clip_text(_CLIP_G, act="gelu", projection=1280)
-        text_encoder_3 = t5_encoder(_T5_XXL)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    vae = _vae_16_channels(1.5305, 0.0609)
+    text_encoder = clip_text(_CLIP_L, projection=768)
+    text_encoder_2 = clip_text(_CLIP_G, act="gelu", projection=1280)
+    text_encoder_3 = t5_encoder(_T5_XXL)
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -123,21 +119,20 @@ def sd35_medium() -> Any:
 
 def flux_dev() -> Any:
     """black-forest-labs/FLUX.1-dev."""
-    with init_empty_weights():
-        transformer = diffusers.FluxTransformer2DModel(
-            in_channels=64,
-            num_layers=19,
-            num_single_layers=38,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56),
-        )
-        vae = _vae_16_channels(0.3611, 0.1159)
-        text_encoder = clip_text(_CLIP_L)
-        text_encoder_2 = t5_encoder(_T5_XXL)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+        axes_dims_rope=(16, 56, 56),
+    )
+    vae = _vae_16_channels(0.3611, 0.1159)
+    text_encoder = clip_text(_CLIP_L)
+    text_encoder_2 = t5_encoder(_T5_XXL)
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
@@ -151,22 +146,21 @@ def flux_dev() -> Any:
 
 def pixart_sigma() -> Any:
     """PixArt-alpha/PixArt-Sigma-XL-2-1024-MS."""
-    with init_empty_weights():
-        transformer = diffusers.PixArtTransformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=4,
-            out_channels=8,
-            num_layers=28,
-            num_attention_heads=16,
-            attention_head_dim=72,
-            cross_attention_dim=1152,
-            caption_channels=4096,
-            interpolation_scale=2,
-            use_additional_conditions=False,  # 1024 pixels would turn them on, as PixArt-α has them
-        )
-        vae = _vae(sample_size=1024, scaling_factor=0.13025, force_upcast=True)
-        text_encoder = t5_encoder(_T5_XXL)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        num_attention_heads=16,
+        attention_head_dim=72,
+        cross_attention_dim=1152,
+        caption_channels=4096,
+        interpolation_scale=2,
+        use_additional_conditions=False,  # 1024 pixels would turn them on, as PixArt-α has them
+    )
+    vae = _vae(sample_size=1024, scaling_factor=0.13025, force_upcast=True)
+    text_encoder = t5_encoder(_T5_XXL)
     return diffusers.PixArtSigmaPipeline(
         tokenizer=t5_tokenizer(300),
         text_encoder=text_encoder,

@@ -6,16 +6,17 @@ is read from the cache; then neither torch nor diffusers is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from autofit.dryrun import memo
+from autofit.dryrun.quiet import others_quiet
 from autofit.dryrun.sources import source
 from autofit.roofline import PhaseFacts
 from autofit.spec import BadInput, Phase, Pipeline, Slot, Technique, Workload
 
-__all__ = ["DryRun", "phases"]
+__all__ = ["DryRun"]
 
 # What changes the operations of each part. A placement only moves weights; execution and memory
 # formats change how operations are merged and laid out, which these facts do not say.
@@ -41,14 +42,27 @@ class DryRun:
     def _ghost(self) -> Any:
         return self._source.ghost()
 
-    @cached_property
+    @property
     def pipeline(self) -> Pipeline:
         """The facts of the pipe as it would be loaded."""
-        from autofit import probe
-        from autofit.techniques.precision import HalfPrecision
 
-        facts, dtype = probe.facts(self._ghost.pipe), self._ghost.dtype
-        return HalfPrecision(dtype).facts(facts) if dtype in ("float16", "bfloat16") else facts
+        def read() -> Pipeline:
+            from autofit import probe
+            from autofit.techniques.precision import HalfPrecision
+
+            facts, dtype = probe.facts(self._ghost.pipe), self._ghost.dtype
+            return HalfPrecision(dtype).facts(facts) if dtype in ("float16", "bfloat16") else facts
+
+        return self._remembered(Pipeline, ("pipeline", self._source.key), read)
+
+    def _remembered(
+        self, kind: type[memo.Found], parts: tuple[Any, ...], make: Callable[[], memo.Found]
+    ) -> memo.Found:
+        def quietly() -> memo.Found:
+            with others_quiet():
+                return make()
+
+        return memo.remembered(memo.digest(*parts), kind, quietly)
 
     def phases(
         self, workload: Workload, techniques: Sequence[Technique] = ()
@@ -62,8 +76,8 @@ class DryRun:
             raise BadInput(f"frames {workload.frames}: dry runs are of images; measure videos")
         front = self._front(workload, [t for t in techniques if t.slot in _FRONT])
         latents, decoding = front.latents, [t for t in techniques if t.slot in _DECODE]
-        key = memo.digest("decode", self._source.key, latents, [t.label for t in decoding])
-        decode = memo.remembered(key, PhaseFacts, lambda: self._decode(latents, decoding))
+        parts = ("decode", self._source.key, latents, [t.label for t in decoding])
+        decode = self._remembered(PhaseFacts, parts, lambda: self._decode(latents, decoding))
         return {Phase.ENCODE: front.encode, Phase.STEP: front.step, Phase.DECODE: decode}
 
     def _front(self, workload: Workload, techniques: Sequence[Technique]) -> memo.Front:
@@ -74,21 +88,10 @@ class DryRun:
 
             return run_front(self._ghost, workload, techniques)
 
-        key = memo.digest("front", self._source.key, asked, [t.label for t in techniques])
-        return memo.remembered(key, memo.Front, run)
+        parts = ("front", self._source.key, asked, [t.label for t in techniques])
+        return self._remembered(memo.Front, parts, run)
 
     def _decode(self, latents: memo.Latents, techniques: Sequence[Technique]) -> PhaseFacts:
         from autofit.dryrun.decode import run_decode
 
         return run_decode(self._ghost, latents, techniques)
-
-
-def phases(
-    model: Any,
-    workload: Workload,
-    techniques: Sequence[Technique] = (),
-    *,
-    dtype: str | None = None,
-) -> Mapping[Phase, PhaseFacts]:
-    """Facts of each phase with these techniques applied; see ``DryRun``."""
-    return DryRun(model, dtype=dtype).phases(workload, techniques)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ from autofit.dryrun.ghost import Ghost, replace_tensors
 from autofit.dryrun.memo import Latents
 from autofit.dryrun.record import Fused, Key, Recorder, Section
 from autofit.roofline import PhaseFacts
-from autofit.spec import BadInput, Technique
-
-_TILING = ("tile_latent_min_size", "tile_overlap_factor", "blend_v", "blend_h")  # AutoencoderKL's
+from autofit.spec import Technique
+from autofit.tiling import Canvas, EvenTiles
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,7 @@ class Piece:
 
 
 def run_decode(ghost: Ghost, latents: Latents, techniques: Sequence[Technique]) -> PhaseFacts:
-    """Decode latents as the techniques leave the VAE to do it.
-
-    Raises:
-        BadInput: the VAE cuts its tiles in a way that is not known here.
-    """
+    """Decode latents as the techniques leave the VAE to do it."""
     dtype = getattr(torch, latents.dtype)
     with faked(ghost, techniques), torch.no_grad(), ghost.mode:
         vae: Any = anatomy.vae(ghost.pipe)
@@ -80,61 +73,35 @@ class _Decoder:
         return Piece(section, (count, *one.shape[1:]), total_bytes)
 
     def _images(self, z: torch.Tensor) -> Piece:
-        vae = self.vae
-        if not getattr(vae, "use_tiling", False):
+        """At once, unless in tiles of one shape: then one tile says it all. Tiles that diffusers
+        cuts run one by one."""
+        even = vars(self.vae).get("tiled_decode")
+        if not isinstance(even, EvenTiles) or max(z.shape[-2:]) <= even.grid.tile:
             return self._run(z)
-        if not all(hasattr(vae, name) for name in _TILING):
-            raise BadInput(
-                f"{type(vae).__name__}: no dry run of its tiles; leave the decode slot empty"
-            )
-        return self._run(z) if max(z.shape[-2:]) <= vae.tile_latent_min_size else self._tiles(z)
+        return self._tiles(z, even)
 
     def _run(self, z: torch.Tensor) -> Piece:
         with self.recorder.part() as section:
-            made = self.vae._decode(z).sample
+            made = self.vae.decode(z).sample
         return Piece(section, tuple(made.shape), made.untyped_storage().nbytes())
 
-    def _tiles(self, z: torch.Tensor) -> Piece:
-        """All tiles are held while they are blended; then come the rows, then the image of them."""
-        side = self.vae.tile_latent_min_size
-        stride = int(side * (1 - self.vae.tile_overlap_factor))
-        heights, widths = (_cuts(size, side, stride) for size in z.shape[2:])
-        tiles = {
-            (height, width): self._run(z[:, :, :height, :width])
-            for height, width in product(set(heights), set(widths))
-        }
-        section, held_bytes = Section(), 0
-        for cut in product(heights, widths):
-            section.add(tiles[cut].section)
-            section.raise_to(tiles[cut].section, held_bytes)
-            held_bytes += tiles[cut].result_bytes
-        tile = tiles[max(heights), max(widths)]
-        scale = tile.shape[2] // max(heights)
-        shape = (*tile.shape[:2], z.shape[2] * scale, z.shape[3] * scale)
-        image_bytes = math.prod(shape) * z.element_size()
-        section.counts[_copy(z, image_bytes // len(heights))] += len(heights)  # rows of tiles
-        section.counts[_copy(z, image_bytes)] += 1  # the image of the rows
-        self._blend(section, z.new_empty(tile.shape), len(heights), len(widths))
-        section.raise_to(Section(), held_bytes + 2 * image_bytes)
-        return Piece(section, shape, image_bytes)
-
-    def _blend(self, section: Section, tile: torch.Tensor, rows: int, columns: int) -> None:
-        """Every tile into those above and left of it, line by line: a kernel is soon done, but
-        there are thousands. Tiles at the edge blend like whole ones."""
-        extent = int(self.vae.tile_sample_min_size * self.vae.tile_overlap_factor)
-        blends = (
-            (self.vae.blend_v, (rows - 1) * columns),
-            (self.vae.blend_h, rows * (columns - 1)),
-        )
-        for blend, count in blends:
-            with self.recorder.part() as part:
-                blend(tile, tile, extent)
+    def _tiles(self, z: torch.Tensor, even: EvenTiles) -> Piece:
+        """While a tile is made or painted, the image and the ramps are held beside it."""
+        rows, columns = even.cuts(z)
+        count = len(rows.starts) * len(columns.starts)
+        tile = self._run(z[..., : rows.length, : columns.length])
+        made = z.new_empty(tile.shape)
+        with self.recorder.part() as begun:
+            canvas = Canvas(rows, columns, made)
+        with self.recorder.part() as painted:
+            canvas.paint(0, 0, made)
+        section, held_bytes = Section(), canvas.held_bytes
+        section.add(begun)
+        section.raise_to(begun, tile.result_bytes)
+        for part, beside_bytes in ((tile.section, 0), (painted, tile.result_bytes)):
             section.add(part, count)
-
-
-def _cuts(size: int, side: int, stride: int) -> list[int]:
-    """The lengths of the tiles along a side of the latents."""
-    return [min(side, size - at) for at in range(0, size, stride)]
+            section.raise_to(part, held_bytes + beside_bytes)
+        return Piece(section, tuple(canvas.image.shape), canvas.image.nbytes)
 
 
 def _copy(like: torch.Tensor, size_bytes: int) -> Key:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autofit import anatomy, probe
+from autofit import anatomy
 from autofit.dryrun.ghost import Ghost, hollow
 from autofit.dryrun.memo import Front, Latents
 from autofit.dryrun.record import Fused, Recorder, Section
 from autofit.spec import BadInput, Technique, Workload
 from autofit.techniques.precision import HalfPrecision
-
-PROMPT = "a lighthouse on a rocky coast at dusk"
+from autofit.trial.run import asked_of
 
 
 class _AtDecode(Exception):
@@ -56,17 +55,8 @@ def faked(ghost: Ghost, techniques: Sequence[Technique]) -> Iterator[None]:
 
 
 def _call(pipe: Any, workload: Workload) -> None:
-    asked = {
-        "prompt": [PROMPT] * workload.batch,
-        "width": workload.width,
-        "height": workload.height,
-        "num_inference_steps": 1,
-        "output_type": "pt",
-    }
-    known = inspect.signature(type(pipe).__call__).parameters
-    if workload.passes == 1 and probe.batches_guidance(pipe):
-        asked["guidance_scale"] = 1.0
-    if "clean_caption" in known:
+    asked = asked_of(pipe, workload, steps=1) | {"output_type": "pt"}
+    if "clean_caption" in inspect.signature(type(pipe).__call__).parameters:
         asked["clean_caption"] = False
     pipe.set_progress_bar_config(disable=True)
     try:

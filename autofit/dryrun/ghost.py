@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autofit import anatomy
+from autofit.architectures import made
 from autofit.architectures.checkpoint import torch_dtype
 from autofit.spec import BadInput
 
@@ -50,12 +51,10 @@ class _AnyScalar(TorchDispatchMode):
 
 def builtin(name: str, dtype: str) -> Ghost:
     """Build a built-in architecture without weights: its position tables too are fake."""
-    from autofit.architectures import published, tiny
-
     torch_dtype(dtype)  # refuses what weights cannot have
     ghost = Ghost(None, dtype)
     with ghost.mode, _AnyScalar():
-        pipe = (tiny.PIPELINES | published.PIPELINES)[name]()
+        pipe = made(name)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     for module in anatomy.modules(pipe).values():
         module.eval()

@@ -9,18 +9,24 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import platformdirs
+from pydantic import TypeAdapter
 
-from autofit.roofline import Operation, PhaseFacts
+from autofit.roofline import PhaseFacts
+from autofit.spec import Pipeline
 
 # The facts follow from the code of these, whatever the model.
 PACKAGES = ("torch", "diffusers", "transformers")
 _OWN = Path(__file__).parent.parent
-_OWN_CODE = ("dryrun/*.py", "roofline.py", "architectures/*.py", "techniques/*.py")
+_OWN_CODE = (
+    "dryrun/*.py", "architectures/*.py", "techniques/*.py", "roofline.py", "spec.py", "anatomy.py",
+    "tiling.py", "probe/pipeline.py", "trial/run.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Front:
     latents: Latents
 
 
-Found = TypeVar("Found", Front, PhaseFacts)
+Found = TypeVar("Found", Front, PhaseFacts, Pipeline)
+_READERS: dict[type, TypeAdapter[Any]] = {k: TypeAdapter(k) for k in (Front, PhaseFacts, Pipeline)}
 _MEMORY: dict[str, Any] = {}
 
 
@@ -76,13 +83,13 @@ def folder() -> Path:
 
 def _read(key: str, kind: type[Found]) -> Found | None:
     try:
-        data = json.loads((folder() / f"{key}.json").read_bytes())
-        return _front(data) if kind is Front else _facts(data)  # type: ignore[return-value]
-    except (OSError, ValueError, TypeError, KeyError):
+        found: Found = _READERS[kind].validate_json((folder() / f"{key}.json").read_bytes())
+        return found
+    except (OSError, ValueError):
         return None  # never made, or cut short: made anew
 
 
-def _write(key: str, found: Front | PhaseFacts) -> None:
+def _write(key: str, found: Front | PhaseFacts | Pipeline) -> None:
     path = folder() / f"{key}.json"
     with suppress(OSError):  # a folder that cannot be written costs some seconds the next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,21 +98,9 @@ def _write(key: str, found: Front | PhaseFacts) -> None:
         partial.replace(path)
 
 
-def _front(data: dict[str, Any]) -> Front:
-    latents = data["latents"]
-    return Front(
-        _facts(data["encode"]),
-        _facts(data["step"]),
-        Latents(tuple(latents["shape"]), latents["dtype"], latents["held_bytes"]),
-    )
-
-
-def _facts(data: dict[str, Any]) -> PhaseFacts:
-    operations = tuple(Operation(**o) for o in data["operations"])
-    return PhaseFacts(data["activation_bytes"], data["tensor_bytes"], operations)
-
-
+@cache
 def _code() -> str:
+    """A hash of our own code, read once a process."""
     digest = hashlib.sha256()
     for pattern in _OWN_CODE:
         for path in sorted(_OWN.glob(pattern)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +36,7 @@ def source(model: Any, dtype: str | None) -> Source:
         return _living(model, dtype)
     if model in architectures.names():
         return _builtin(model, dtype)
-    folder = Path(os.path.expanduser(model))
-    if folder.exists():
-        return _folder(folder, dtype)
-    if architectures._HUB_ID.fullmatch(model):
-        return _folder(_downloaded(model), dtype)
-    raise architectures._unknown(model)
+    return _folder(architectures.located(model) or _downloaded(model), dtype)
 
 
 def _living(pipe: Any, dtype: str | None) -> Source:
@@ -79,13 +73,7 @@ def _folder(folder: Path, dtype: str | None) -> Source:
 
 
 def _downloaded(model: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
 
-    try:
+    with architectures.reaching_hub(model):
         return Path(snapshot_download(model, allow_patterns=list(JSON_FILES)))
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        raise BadInput(
-            f"model {model!r}: could not reach the Hub, or it has no such pipeline;"
-            f" give a local folder, or a built-in: {', '.join(architectures.names())}"
-        ) from error

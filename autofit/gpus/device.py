@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autofit.gpus.table import Gpu, find
-from autofit.spec import Device, Kernel
+from autofit.spec import HEAD_SIZES, Device, Kernel
 from autofit.units import GIB
 
 SOURCE = "GPU table: vendor's figures, times what an H200 reached of its own; not measured here"
@@ -43,7 +43,6 @@ HOST_BYTES = 32 * GIB
 # safe side for a desktop with a browser; a data-centre card drives no screen.
 DESKTOP_BYTES = 1_000_000_000
 
-HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)  # as the probe's
 DTYPES = ("float16", "bfloat16", "float32")
 HALF = ("float16", "bfloat16")
 AMPERE, HOPPER = (8, 0), (9, 0)
@@ -76,11 +75,6 @@ def device_for(
         kernels=tuple(_kernels(gpu.capability)),
         versions={"source": SOURCE, "figures": gpu.source},
     )
-
-
-def from_table(device: Device) -> bool:
-    """Whether a Device is one of these, and not a probed one."""
-    return device.versions.get("source") == SOURCE
 
 
 def visible_bytes(gpu: Gpu) -> int:

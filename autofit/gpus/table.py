@@ -15,7 +15,7 @@ from autofit.units import GIB, format_bytes
 
 # Of one PCIe lane, in one direction: transfers/s x 128/130 (the line code) / 8.
 LANE_BYTES_S = {3: 8e9 * 128 / 130 / 8, 4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
-TENSOR_TF32_CAPABILITY = (8, 0)  # Ampere: bfloat16 and TF32 came with it
+BFLOAT16_CAPABILITY = (8, 0)  # Ampere
 NEAR = 6  # names that an error suggests
 SHORTEST = 3  # letters that tell anything: "l40", "h100"
 _NOISE = re.compile(r"nvidia|geforce|tesla|quadro|generation|blackwell|(with)? ?max-?q ?design")
@@ -46,12 +46,7 @@ class Gpu:
     @property
     def bf16_flops_s(self) -> float | None:
         """None before Ampere, where bfloat16 is emulated."""
-        return self.fp16_flops_s if self.capability >= TENSOR_TF32_CAPABILITY else None
-
-    @property
-    def tf32_flops_s(self) -> float | None:
-        """None before Ampere. torch uses it for float32 only where told to."""
-        return self.bf16_flops_s / 2 if self.bf16_flops_s is not None else None
+        return self.fp16_flops_s if self.capability >= BFLOAT16_CAPABILITY else None
 
     @property
     def bus_bytes_s(self) -> float:

@@ -19,11 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autofit import host
 from autofit.probe import memory
-from autofit.spec import BadInput, Device, Kernel
+from autofit.spec import HEAD_SIZES, BadInput, Device, Kernel
 from autofit.units import MIB
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "xformers", "autofit")
-HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)
 SDPA_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import psutil
 import pynvml
 import torch
 
@@ -41,6 +42,28 @@ def own_bytes(device: torch.device) -> int | None:
     except pynvml.NVMLError:
         return None
     return next((p.usedGpuMemory for p in running if p.pid == os.getpid()), None)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What nobody holds of the card."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def holders(device: torch.device) -> list[tuple[str, int]]:
+    """The other processes on the card, those that hold most first: name and number, and bytes."""
+    try:
+        pynvml.nvmlInit()
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(_nvml_handle(device))
+    except pynvml.NVMLError:
+        return []
+    others = [(p.pid, p.usedGpuMemory or 0) for p in running if p.pid != os.getpid()]
+    return [(_named(pid), held) for pid, held in sorted(others, key=lambda o: -o[1])]
+
+
+def _named(pid: int) -> str:
+    with suppress(psutil.Error):
+        return f"{psutil.Process(pid).name()} ({pid})"
+    return f"process {pid}"
 
 
 def driver_version() -> str:

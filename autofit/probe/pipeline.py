@@ -54,18 +54,15 @@ def facts(pipe: Any) -> Pipeline:
         sliceable_attention=hasattr(denoiser, "set_attention_slice"),
         vae_slices=hasattr(vae, "use_slicing"),
         vae_tiles=_tiling_family(vae),
-        vae_upcasts=_upcasts(pipe, vae),
+        vae_upcasts=anatomy.upcasts(pipe),
         vae_channels=_vae_channels(vae),
+        adapters=_adapters(pipe),
     )
 
 
 def batches_guidance(pipe: Any) -> bool:
     """Whether both guidance passes run as one batch. Pipelines do not say; their source does."""
-    return _call_says(pipe, "[latents] * 2")
-
-
-def _call_says(pipe: Any, text: str) -> bool:
-    return text in inspect.getsource(type(pipe).__call__)
+    return anatomy.call_says(pipe, "[latents] * 2")
 
 
 def fingerprint(pipe: Any) -> str:
@@ -84,6 +81,12 @@ def fingerprint(pipe: Any) -> str:
         for key, tensor in module.state_dict().items():
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
     return digest.hexdigest()
+
+
+def _adapters(pipe: Any) -> tuple[str, ...]:
+    """The names that PEFT keeps on each module that has adapters."""
+    configs = (getattr(module, "peft_config", {}) for module in anatomy.modules(pipe).values())
+    return tuple(sorted({str(name) for config in configs for name in config}))
 
 
 def _component(name: str, module: nn.Module) -> Component:
@@ -171,13 +174,6 @@ def _default_size(pipe: Any, denoiser: nn.Module, scale: int) -> tuple[int, int]
     )
     height, width = sample if isinstance(sample, tuple | list) else (sample, sample)
     return int(width) * scale, int(height) * scale
-
-
-def _upcasts(pipe: Any, vae: Any | None) -> bool:
-    """Whether a float16 VAE is decoded in float32: its configuration asks, but few pipelines read
-    that (``force_upcast`` is True unless said otherwise)."""
-    asks = vae is not None and bool(vae.config.get("force_upcast", False))
-    return asks and _call_says(pipe, "force_upcast")
 
 
 def _vae_channels(vae: Any | None) -> int:

@@ -24,11 +24,9 @@ from autofit.streaming.pack import pack
 from autofit.streaming.parts import Part, parts, unit_bytes_for
 from autofit.streaming.pool import Pool
 from autofit.streaming.record import recording
+from autofit.streaming.replay import Moving
 from autofit.streaming.script import Script
 from autofit.streaming.units import divide
-
-# The forwards after the recorded one that are timed until one tells; the first may compile and tune
-TIMED = range(2, 5)
 
 
 class Streamer:
@@ -45,11 +43,17 @@ class Streamer:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Take over the forwards of all parts. On exit the weights are in host memory again."""
+        """Take over the forwards of all parts. On exit the weights are in host memory again.
+
+        Whoever made a forward that replays CUDA graphs (its ``graphs``) is told of the weights.
+        """
         with ExitStack() as undo:
             undo.callback(self._pool.close)
             for part in self._parts:
                 forward = self._forward(part, part.module.forward)
+                if part.keeps and (graphs := getattr(part.module.forward, "graphs", None)):
+                    moving = Moving(part, self._pool, self._lane)
+                    undo.enter_context(anatomy.attribute(graphs, "weights", moving))
                 undo.enter_context(anatomy.attribute(part.module, "forward", forward))
             yield
 
@@ -60,7 +64,7 @@ class Streamer:
             if not part.recorded or not self._pool.is_open:
                 return self._recorded(part, lambda: found(*args, **kwargs))
             part.forwards += 1
-            if part.keeps and part.times_s is None and part.forwards in TIMED:
+            if part.keeps and part.awaits_timing:
                 return self._timed(part, lambda: found(*args, **kwargs))
             return found(*args, **kwargs)
 

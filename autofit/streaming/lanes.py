@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +30,10 @@ class Lane(Protocol):
     def drain(self) -> None:
         """Wait until all has run."""
 
+    def captured(self) -> AbstractContextManager[None]:
+        """Inside, the compute is being captured in a CUDA graph, and the copies with it. What was
+        marked before has come to pass; what is marked inside means nothing afterwards."""
+
     def between_s(self, first: Any, last: Any) -> float: ...
 
 
@@ -37,23 +43,47 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._twins: dict[int, torch.cuda.Event] | None = None  # in a capture, by id of the event
 
     def event(self, *, timing: bool = False) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=timing)
 
     def mark(self, event: torch.cuda.Event) -> None:
-        event.record(torch.cuda.current_stream(self._device))
+        self._recorded(event).record(torch.cuda.current_stream(self._device))
 
     def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self._device).wait_event(event)
+        self._wait(torch.cuda.current_stream(self._device), event)
 
     def copy(
         self, places: Tensors, sources: Tensors, after: torch.cuda.Event, ready: torch.cuda.Event
     ) -> None:
-        self._stream.wait_event(after)
+        self._wait(self._stream, after)
         with torch.cuda.stream(self._stream):
             torch._foreach_copy_(places, sources, non_blocking=True)
-        ready.record(self._stream)
+        self._recorded(ready).record(self._stream)
+
+    def _recorded(self, event: torch.cuda.Event) -> torch.cuda.Event:
+        """What is recorded for an event: in a capture another one, since no stream outside of it
+        may wait for one that was recorded inside, nor the other way round."""
+        if self._twins is None:
+            return event
+        return self._twins.setdefault(id(event), torch.cuda.Event())
+
+    def _wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        known = event if self._twins is None else self._twins.get(id(event))
+        if known is not None:
+            stream.wait_event(known)
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        compute = torch.cuda.current_stream(self._device)
+        self._twins = {}
+        try:
+            self._stream.wait_stream(compute)
+            yield
+            compute.wait_stream(self._stream)
+        finally:
+            self._twins = None
 
     def drain(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -83,6 +113,9 @@ class HostLane:
 
     def drain(self) -> None:
         pass
+
+    def captured(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def between_s(self, first: list[float], last: list[float]) -> float:
         return last[0] - first[0]

@@ -31,21 +31,21 @@ def pack(parameters: Sequence[nn.Parameter]) -> None:
 
 def runs(
     sources: Sequence[torch.Tensor], sizes_bytes: Sequence[int]
-) -> list[tuple[int, int, torch.Tensor]]:
-    """Join what lies side by side in host memory: (first, behind the last, the bytes of all).
+) -> list[tuple[int, torch.Tensor]]:
+    """Join what lies side by side in host memory: the number of each first, and the bytes of all.
 
     ``sources`` are flat bytes, ``sizes_bytes`` what each takes where it is going. What is between
     two joined weights is padding, and copied with them.
     """
-    joined: list[tuple[int, int, torch.Tensor]] = []
+    joined: list[tuple[int, torch.Tensor]] = []
     for number, source in enumerate(sources):
         if joined:
-            first, _, start = joined[-1]
+            first, start = joined[-1]
             span_bytes = sum(sizes_bytes[first:number])
             same = start.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
             if same and start.data_ptr() + span_bytes == source.data_ptr():
                 whole = start.as_strided((span_bytes + source.nbytes,), (1,))
-                joined[-1] = first, number + 1, whole
+                joined[-1] = first, whole
                 continue
-        joined.append((number, number + 1, source))
+        joined.append((number, source))
     return joined

@@ -16,6 +16,8 @@ from autofit.streaming.record import stand_in
 from autofit.streaming.schedule import Item
 from autofit.streaming.units import Division, Unit, Weight, is_dense
 
+# The forwards after the recorded one that are timed until one tells; the first may compile and tune
+TIMED = range(2, 5)
 UNIT_BYTES = 32 * 2**20  # larger units need a larger arena, smaller ones more events and copies
 UNIT_SHARE = 64  # of the largest part: a small model streams in small units
 SMALL_SHARE = 512  # of a unit: weights below stay on the device. 64 KiB: a copy's cost of its own
@@ -40,6 +42,16 @@ class Part:
     times_s: list[float] | None = None  # of the units in order, once measured
     streamed: list[Unit] = field(default_factory=list)
     forwards: int = 0  # since the first, which was recorded
+
+    @property
+    def awaits_timing(self) -> bool:
+        """Whether this forward is one to be timed, if it is the part that keeps."""
+        return self.times_s is None and self.forwards in TIMED
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether all is known of it that ever will be."""
+        return self.times_s is not None or self.forwards >= TIMED.stop
 
     def weigh(self, firsts: set[int], device: torch.device) -> None:
         """Note where the weights lie. A component's device is its first parameter's: those in

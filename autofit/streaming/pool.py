@@ -30,7 +30,9 @@ class Pool:
     ) -> None:
         self._device, self._limit_bytes = device, limit_bytes
         self._lane, self._script = lane, script
-        self._ring = Ring(lane, script)
+        self.ring = Ring(lane, script)
+        self.arrangement = 0  # a number for each
+        self._arranged_in = 0  # the script's image
         self._hooks = ExitStack()
         self._memory: torch.Tensor | None = None
         self._bound: set[Unit] = set()
@@ -41,11 +43,16 @@ class Pool:
     def is_open(self) -> bool:
         return self._memory is not None
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last arrangement was for an earlier image: no other is to be expected."""
+        return self.is_open and self._script.image > self._arranged_in
+
     def close(self) -> None:
         """Give the memory back. The weights are in host memory again, and nothing is hooked."""
         self._lane.drain()
         self._hooks.close()
-        self._ring.clear()
+        self.ring.clear()
         for unit in self._bound:
             unit.unbind()
         self._bound, self._filled, self._memory = set(), {}, None
@@ -56,15 +63,17 @@ class Pool:
         Raises:
             torch.OutOfMemoryError: the device, or the size of the pool, does not hold the least.
         """
+        self.arrangement += 1
+        self._arranged_in = self._script.image
         try:
             with torch.inference_mode(False):
                 self._lane.drain()
                 self._hooks.close()
-                self._ring.clear()
+                self.ring.clear()
                 self._lay_out(self._opened(parts), parts)
                 self._script.learn(parts)
                 self._script.expect(latest)
-                self._ring.prime()
+                self.ring.prime()
         except BaseException:
             self.close()  # the next forward is recorded again, and this is tried again
             raise
@@ -163,25 +172,25 @@ class Pool:
                 unit.place(arena, offset)
                 end_bytes = offset + unit.size_bytes
                 self._bind(unit)
-                after = self._after_changed if unit.changes_itself else self._ring.after
-                self._hook(unit, self._ring.before, after)
+                after = self._after_changed if unit.changes_itself else self.ring.after
+                self._hook(unit, self.ring.before, after)
 
     def _bind(self, unit: Unit) -> None:
         self._bound.add(unit)
         unit.bind()
 
     def _before_spare(self, unit: Unit) -> None:
-        self._ring.before(unit)
+        self.ring.before(unit)
         self._bind(unit)
 
     def _after_spare(self, unit: Unit) -> None:
         """Elsewhere its weights are in host memory: what would use them there fails, and is not
         given what lies in the arena by then."""
-        self._ring.after(unit)
+        self.ring.after(unit)
         unit.unbind()
 
     def _after_changed(self, unit: Unit) -> None:
-        self._ring.after(unit)
+        self.ring.after(unit)
         unit.bind()
 
     def _hook(

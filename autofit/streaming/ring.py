@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 from autofit.streaming.lanes import Lane
+from autofit.streaming.parts import Part
 from autofit.streaming.script import Script
 from autofit.streaming.units import Unit
 
@@ -24,21 +25,39 @@ class Ring:
         self._running: Unit | None = None
         self._present: list[Unit] = []  # whose weights are whole in the arena, in order of copying
         self._fence = lane.event()
+        self.moves = 0  # grows with whatever is done here
+
+    @property
+    def queued(self) -> tuple[Unit, ...]:
+        """What was copied and has not run yet, in order."""
+        return tuple(self._queue)
 
     def clear(self) -> None:
         """Forget all: what is in the arena is not what it was."""
+        self.moves += 1
         self._release()
         self._present = []
 
     def prime(self) -> None:
         """Begin to copy what the script says is next."""
+        self.moves += 1
         self._lane.mark(self._fence)
         self._ahead(self._fence)
+
+    def restart(self, part: Part) -> None:
+        """Begin as if this part were to run again and again, with the first of its units alone: any
+        other may be overwritten by what follows."""
+        self._release()
+        self._script.expect(part)
+        self.prime()
+        streamed = [u for u in part.streamed if not u.queued]
+        self._present = [p for p in self._present if p.queued or not any(map(p.overlaps, streamed))]
 
     def before(self, unit: Unit) -> None:
         """A module of the unit begins: let the compute wait for its weights."""
         if unit is self._running:
             return
+        self.moves += 1
         if unit.queued:
             while self._queue[0] is not unit:  # those were skipped this time
                 self._pop()

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
+from autofit.streaming.parts import Part
 from autofit.streaming.units import Unit
 
 LONGEST = 4096  # forwards of an image that are remembered
-
-
-class Part(Protocol):
-    """A module that is streamed as a whole: its units in order, and where it stands in an image.
-
-    ``rank`` grows from encoders to denoiser to VAE; None where it may run at any time.
-    """
-
-    rank: int | None
-
-    @property
-    def streamed(self) -> Sequence[Unit]: ...
 
 
 class Script:
@@ -35,6 +23,7 @@ class Script:
         self._part: Part | None = None
         self._next = 0
         self._index: dict[Unit, tuple[Part, int]] = {}
+        self.image = 0  # the number of the one under way
 
     def learn(self, parts: Sequence[Part]) -> None:
         """The units of these parts, as they are now; the cursor is lost."""
@@ -46,6 +35,7 @@ class Script:
         ranked = [p.rank for p in self._actual if p.rank is not None]
         if part.rank is not None and ranked and part.rank < ranked[-1]:
             self._expected, self._actual = self._actual, []
+            self.image += 1
         if len(self._actual) == LONGEST:  # no image ends where one part runs alone
             self._actual = []
         self._actual.append(part)

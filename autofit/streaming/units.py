@@ -44,8 +44,8 @@ class Unit:
         self.size_bytes = sum(self._sizes_bytes)
         self.offset: int | None = None
         joined = runs([flat(w.host) for w in self.weights], self._sizes_bytes)
-        self.sources = tuple(source for _, _, source in joined)
-        self._starts = [sum(self._sizes_bytes[:first]) for first, _, _ in joined]
+        self.sources = tuple(source for _, source in joined)
+        self._starts = [sum(self._sizes_bytes[:first]) for first, _ in joined]
         self.places: tuple[torch.Tensor, ...] = ()
         self._views: tuple[torch.Tensor, ...] = ()
         self.ready: Any = None  # events, where the device has them

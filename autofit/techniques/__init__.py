@@ -69,11 +69,6 @@ CLASHES: tuple[Clash, ...] = (
     ),
     Clash(
         "cuda_graph",
-        "hooks_layers",
-        "a replay runs no hooks, and none would wait for the layers' weights",
-    ),
-    Clash(
-        "cuda_graph",
         "model_offload",
         "the denoiser comes to other addresses for every image, where no graph of it is valid",
     ),
@@ -105,6 +100,13 @@ def clash(techniques: tuple[Technique, ...]) -> str | None:
             if row.first_trait in first.traits and row.second_trait in second.traits:
                 return f"{first.label}: not with {second.label}: {row.reason}"
     return None
+
+
+def images_to_settle(plan: Plan) -> int:
+    """How many images a plan takes to run as it will from then on: layers that stream have their
+    places by the end of the first, and only then can a graph of them be captured."""
+    traits = frozenset().union(*(t.traits for t in plan.techniques))
+    return 2 if {"cuda_graph", "hooks_layers"} <= traits else 1
 
 
 def options(

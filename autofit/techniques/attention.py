@@ -8,12 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.compiler.config
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.spec import (
     BadInput,
     Device,
@@ -26,12 +22,13 @@ from autofit.spec import (
     Workload,
 )
 
-# In the order in which the others stand in where the preferred one does not answer (a mask).
+# torch's names, in the order in which the others stand in where the preferred one does not answer
+# (a mask).
 BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
+    "cudnn": "CUDNN_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
 }
 FUSED = ("cudnn", "flash", "efficient")
 SLICES = ("auto", "max")
@@ -92,9 +89,11 @@ def _settle_priority(device: str) -> None:
 def _preferred(kernel: str) -> Iterator[None]:
     """Prefer a kernel, the others standing in. The math kernel, which always answers, stands alone:
     on the CPU torch tries the kernels in an order of its own."""
-    backends = [BACKENDS[kernel]]
-    if kernel != "math":
-        backends += [b for b in BACKENDS.values() if b not in backends]
+    import torch.compiler.config
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [kernel] if kernel == "math" else [kernel, *(k for k in BACKENDS if k != kernel)]
+    backends = [getattr(SDPBackend, BACKENDS[k]) for k in kernels]
     # torch.compile's cache on disk does not know the preference: without a tag it would hand out
     # code that was compiled for another kernel.
     tagged = torch.compiler.config.patch(  # type: ignore[attr-defined]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TypeVar
 
-import torch
+from autofit.lazy import torch
 
 Result = TypeVar("Result")
 _WAITS = "called a synchronizing CUDA operation"
@@ -18,6 +18,32 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 class NotCapturable(Exception):
     """This work cannot become a CUDA graph."""
+
+
+class Weights(Protocol):
+    """Where the weights of a forward are, for its graphs."""
+
+    @property
+    def arrangement(self) -> int | None:
+        """Graphs hold for one arrangement of the weights; None: there is none yet."""
+
+    def begin(self) -> None:
+        """Before a capture, and before each replay."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """While the current stream is being captured."""
+
+
+class Still:
+    """Weights that stay where they are."""
+
+    arrangement = 0
+
+    def begin(self) -> None:
+        pass
+
+    def capturing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Capturer:
@@ -35,9 +61,11 @@ class Capturer:
         """Whether a graph of somebody else is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
-    def capture(self, work: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    def capture(
+        self, work: Callable[[], Result], weights: Weights
+    ) -> tuple[Callable[[], None], Result]:
         """Run ``work`` twice, then capture it. Returns the replay, and what ``work`` returned in
-        the capture: each replay writes the same tensors anew.
+        the capture: each replay writes the same tensors anew. ``weights.begin`` comes before it.
 
         Raises:
             NotCapturable: the reason; CUDA is usable after it.
@@ -54,7 +82,8 @@ class Capturer:
                     work()
                 if waits:
                     raise NotCapturable(f"{waits[0]} waits for the device during a forward")
-                graph, result = self._captured(work, self._stream)
+                weights.begin()
+                graph, result = self._captured(work, weights, self._stream)
         finally:
             here.wait_stream(self._stream)
             torch.cuda.empty_cache()
@@ -62,13 +91,13 @@ class Capturer:
         return graph.replay, result
 
     def _captured(
-        self, work: Callable[[], Result], stream: torch.cuda.Stream
+        self, work: Callable[[], Result], weights: Weights, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.CUDAGraph, Result]:
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0].pool() if self._graphs else torch.cuda.graph_pool_handle()
         capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
         try:
-            with _own_workspaces(), capture:
+            with _own_workspaces(), capture, weights.capturing():
                 result = work()
         except torch.OutOfMemoryError:  # says something about memory, not about the work
             raise

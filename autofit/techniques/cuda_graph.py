@@ -9,11 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-from torch.utils import _pytree as pytree
-
 from autofit import anatomy
+from autofit.lazy import nn, pytree, torch
 from autofit.spec import (
     Device,
     Effect,
@@ -24,7 +21,7 @@ from autofit.spec import (
     Technique,
     Workload,
 )
-from autofit.techniques.capture import Capturer, NotCapturable
+from autofit.techniques.capture import Capturer, NotCapturable, Still, Weights
 from autofit.techniques.execution import (
     RegionalCompile,
     filled,
@@ -90,6 +87,7 @@ class CudaGraph(Technique):
             def forward(*args: Any, **kwargs: Any) -> Any:
                 return graphs.run(args, kwargs)
 
+            forward.graphs = graphs  # type: ignore[attr-defined]  # who moves its weights says so
             undo.enter_context(anatomy.attribute(denoiser, "forward", forward))
             yield
 
@@ -102,6 +100,8 @@ class _Graphs:
     ) -> None:
         self._denoiser, self._found, self._device = denoiser, found, device
         self._capturer = Capturer(device)
+        self.weights: Weights = Still()
+        self._arrangement: int | None = None  # that the graphs hold for
         self._made: dict[Hashable, _Graph | None] = {}  # None: cannot be captured
         self._places: _Places | None = None  # of the weights, when the first was captured
         self._moved = False
@@ -128,6 +128,12 @@ class _Graphs:
         if signature is None:
             self._tell("an argument cannot be compared with that of the next call")
             return None
+        arrangement = self.weights.arrangement
+        if self._made and arrangement != self._arrangement:
+            self.drop()
+        if arrangement is None:
+            return None
+        self._arrangement = arrangement
         if self._places and not self._places.hold():
             self._tell("its weights moved since the capture, and a graph has their addresses")
             self._moved = True
@@ -143,7 +149,7 @@ class _Graphs:
 
     def _captured(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Graph | None:
         try:
-            graph = _Graph(self._capturer, self._found, leaves, spec, self._device)
+            graph = _Graph(self._capturer, self.weights, self._found, leaves, spec, self._device)
         except NotCapturable as reason:
             self._tell(str(reason))
             return None
@@ -167,12 +173,13 @@ class _Graph:
     def __init__(
         self,
         capturer: Capturer,
+        weights: Weights,
         found: Callable[..., Any],
         leaves: list[Any],
         spec: pytree.TreeSpec,
         device: torch.device,
     ) -> None:
-        constants = without_tensors(leaves)
+        constants, self._weights = without_tensors(leaves), weights
 
         def work() -> tuple[list[Any], pytree.TreeSpec]:
             args, kwargs = pytree.tree_unflatten(filled(constants, self._inputs), spec)
@@ -181,11 +188,12 @@ class _Graph:
         with _plain_tensors():
             self._inputs = [_buffer(tensor, device) for tensor in tensors_of(leaves)]
             self._fill(leaves)
-            self._replay, (self._outputs, self._out_spec) = capturer.capture(work)
+            self._replay, (self._outputs, self._out_spec) = capturer.capture(work, weights)
 
     def run(self, leaves: list[Any]) -> Any:
         with _plain_tensors():
             self._fill(leaves)
+            self._weights.begin()
             self._replay()
             outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in self._outputs]
         return pytree.tree_unflatten(outputs, self._out_spec)

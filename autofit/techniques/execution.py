@@ -12,13 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch._dynamo.config
-from torch import nn
-from torch.jit._trace import TracerWarning
-from torch.utils import _pytree as pytree
-
 from autofit import anatomy
+from autofit.lazy import nn, pytree, torch
 from autofit.spec import (
     BadInput,
     Device,
@@ -103,7 +98,7 @@ class _Traces:
 
         with torch.no_grad(), _without_trace_warnings():
             traced = torch.jit.trace(
-                _Body(self._denoiser, on_tensors),
+                _body(self._denoiser, on_tensors),
                 tensors_of(leaves),
                 check_trace=False,
                 strict=False,
@@ -111,17 +106,19 @@ class _Traces:
         return traced, out_specs[-1]
 
 
-class _Body(nn.Module):
+def _body(denoiser: nn.Module, on_tensors: Callable[..., Any]) -> nn.Module:
     """What is traced. The denoiser is a submodule, so that the graph refers to its parameters (and
     follows them when they move) where it would else hold copies as constants."""
 
-    def __init__(self, denoiser: nn.Module, on_tensors: Callable[..., Any]) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self._on_tensors = on_tensors
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = denoiser
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        return self._on_tensors(*tensors)
+        def forward(self, *tensors: torch.Tensor) -> Any:
+            return on_tensors(*tensors)
+
+    return Body()
 
 
 def tensors_of(leaves: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -158,6 +155,8 @@ def _described(leaf: Any) -> Hashable:
 @contextmanager
 def _without_trace_warnings() -> Iterator[None]:
     """Shapes become constants on purpose; ``torch.jit`` has been called deprecated since 2.5."""
+    from torch.jit._trace import TracerWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
@@ -195,6 +194,8 @@ class RegionalCompile(Technique):
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
+        import torch._dynamo.config
+
         denoiser: Any = anatomy.denoiser(pipe)
         with ExitStack() as stack:
             stack.enter_context(_tensor_attributes_held(denoiser))

@@ -7,11 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from diffusers.hooks.group_offloading import apply_group_offloading
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.pinning import host_registered
 from autofit.spec import (
     BadInput,
@@ -74,6 +71,8 @@ class GroupOffload(Placement):
             yield
 
     def _offload(self, module: nn.Module, device: str) -> None:
+        from diffusers.hooks.group_offloading import apply_group_offloading
+
         lists = any(isinstance(m, nn.ModuleList | nn.Sequential) for m in module.children())
         block = self.level == "block" and lists
         apply_group_offloading(

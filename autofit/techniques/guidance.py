@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch.utils import _pytree as pytree
-
 from autofit import anatomy
+from autofit.lazy import pytree, torch
 from autofit.spec import Device, Effect, Fidelity, Phase, Pipeline, Slot, Technique, Workload
 
 

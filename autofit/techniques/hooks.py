@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from diffusers.hooks.hooks import HookRegistry
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn
 
 _MODULE_ATTRIBUTES = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")
 _PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id")
@@ -60,6 +58,8 @@ def hosted_after_model_offload(pipe: Any) -> Iterator[None]:
 
 def remove_group_hooks(module: nn.Module) -> None:
     """Remove the hooks of diffusers' group offload from a component and all below it."""
+    from diffusers.hooks.hooks import HookRegistry
+
     registry = HookRegistry.check_if_exists_or_initialize(module)
     for name in _GROUP_HOOKS:
         registry.remove_hook(name, recurse=True)

@@ -7,13 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.spec import Device, Effect, Fidelity, Phase, Pipeline, Slot, Technique, Workload
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the weight's dimensions
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,9 @@ class ChannelsLastVae(Technique):
         return None if vae is None or vae.convolutional else "the VAE has no convolutions"
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        return {Phase.DECODE: Effect(seconds=0.9, activations=0.85)}
+        """cuDNN copies what is not channels-last. In the H100's trials of tests/golden SDXL's VAE
+        holds 3.2 to 3.5 GiB of activations where it held 4.8 contiguous, and 0.73 for 0.92."""
+        return {Phase.DECODE: Effect(seconds=0.9, activations=0.67)}
 
 
 FORMATS = (ChannelsLastDenoiser(), ChannelsLastVae())
@@ -73,9 +71,10 @@ FORMATS = (ChannelsLastDenoiser(), ChannelsLastVae())
 
 @contextmanager
 def _channels_last(module: nn.Module) -> Iterator[None]:
+    by_dimensions = {4: torch.channels_last, 5: torch.channels_last_3d}
     with anatomy.weights_held(module):
         for parameter in module.parameters():
-            if parameter.dim() in _FORMATS:
-                memory_format = _FORMATS[parameter.dim()]
+            if parameter.dim() in by_dimensions:
+                memory_format = by_dimensions[parameter.dim()]
                 parameter.data = parameter.data.contiguous(memory_format=memory_format)
         yield

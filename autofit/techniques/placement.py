@@ -7,11 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from accelerate import cpu_offload
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.spec import (
     Component,
     Device,
@@ -161,6 +158,8 @@ PLACEMENTS: tuple[Technique, ...] = (Resident(), ModelOffload(), SequentialOfflo
 
 
 def _offload_layers(module: nn.Module, device: str, *, excluded: bool) -> None:
+    from accelerate import cpu_offload
+
     if excluded:
         module.to(device)
     else:

@@ -7,10 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.spec import (
     DTYPE_BYTES,
     Component,

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
 from autofit import anatomy
+from autofit.lazy import nn, torch
 from autofit.spec import (
     BadInput,
     Device,
@@ -22,7 +20,6 @@ from autofit.spec import (
     Traffic,
     Workload,
 )
-from autofit.streaming import streaming
 from autofit.techniques.placement import NOWHERE, ROLES, as_run, runs, total_bytes
 
 # Of the weights on the device, about this share is the arena in which the others arrive. By the
@@ -41,7 +38,7 @@ class Streamed(Placement):
 
     ``weights_bytes`` None holds the least, and marks the placement as open: the search sets it from
     the budget. ``unit_bytes`` bounds what is streamed at a time; None takes a 64th of the largest
-    component, at most 32 MiB. A float16 VAE that may be cast to float32 to decode stays on the
+    component, at most 32 MiB. A float16 VAE that is cast to float32 to decode stays on the
     device whole, since the cast replaces its weights.
     """
 
@@ -57,8 +54,9 @@ class Streamed(Placement):
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
-        target = torch.device(device)
-        stays = _stays(pipe)
+        from autofit.streaming import streaming
+
+        target, stays = torch.device(device), _stays(pipe)
         with streaming(pipe, target, self.weights_bytes, unit_bytes=self.unit_bytes, stays=stays):
             yield
 
@@ -69,6 +67,10 @@ class Streamed(Placement):
     def is_open(self) -> bool:
         return self.weights_bytes is None
 
+    @property
+    def opened(self) -> Placement:
+        return replace(self, weights_bytes=None)
+
     def fitted(self, pipeline: Pipeline, room_bytes: int) -> Placement | None:
         """With all of ``room_bytes``, or what all weights need; None where that is too little."""
         if room_bytes < self._least_bytes(pipeline):
@@ -77,16 +79,15 @@ class Streamed(Placement):
         return replace(self, weights_bytes=min(room_bytes, all_bytes))
 
     def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
-        held_bytes = self.weights_bytes or self._least_bytes(pipeline)
-        return held_bytes + as_run(pipeline, phase).weight_bytes - pipeline.weight_bytes
+        cast_bytes = as_run(pipeline, phase).weight_bytes - pipeline.weight_bytes
+        return self._held_bytes(pipeline) + cast_bytes
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """The denoiser's weights come first; what all else needs, once it fits beside these, stays
         in the arena from image to image."""
         moved_bytes = total_bytes(pipeline.of_role(ROLES[phase]))
-        held_bytes = self.weights_bytes or self._least_bytes(pipeline)
         denoiser_bytes = pipeline.denoiser.weight_bytes
-        room_bytes = held_bytes - self._settled_bytes(pipeline)
+        room_bytes = self._held_bytes(pipeline) - self._settled_bytes(pipeline)
         if phase is Phase.STEP:
             moved_bytes = self._streamed_bytes(pipeline, denoiser_bytes - room_bytes, room_bytes)
         elif room_bytes >= pipeline.weight_bytes - self._kept_bytes(pipeline):
@@ -102,6 +103,9 @@ class Streamed(Placement):
         largest_bytes = pipeline.denoiser.largest_leaf_bytes
         arena_bytes = min(int(ARENA_SHARE * room_bytes), largest_bytes + 2 * short_bytes)
         return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
+
+    def _held_bytes(self, pipeline: Pipeline) -> int:
+        return self.weights_bytes or self._least_bytes(pipeline)
 
     def _least_bytes(self, pipeline: Pipeline) -> int:
         largest_bytes = max(c.largest_leaf_bytes for c in pipeline.components)
@@ -124,6 +128,6 @@ STREAMED: tuple[Technique, ...] = (Streamed(),)
 
 def _stays(pipe: Any) -> list[nn.Module]:
     vae = anatomy.vae(pipe)
-    if vae is None or vae.dtype != torch.float16 or not vae.config.get("force_upcast", False):
+    if vae is None or vae.dtype != torch.float16 or not anatomy.upcasts(pipe):
         return []
     return [vae]

@@ -1,6 +1,17 @@
 """Measure one plan by a real generation: in this process, or in a worker."""
 
 from autofit.trial.measurer import InProcess, Job, Measurer, Subject, Worker
+from autofit.trial.meter import is_out_of_memory
 from autofit.trial.run import Request, generate, release
 
-__all__ = ["InProcess", "Job", "Measurer", "Request", "Subject", "Worker", "generate", "release"]
+__all__ = [
+    "InProcess",
+    "Job",
+    "Measurer",
+    "Request",
+    "Subject",
+    "Worker",
+    "generate",
+    "is_out_of_memory",
+    "release",
+]

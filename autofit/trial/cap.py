@@ -62,12 +62,22 @@ def capped(outside: Outside, cap_bytes: int | None, set_aside_bytes: int) -> Ite
     if device.type != "cuda" or cap_bytes is None:
         yield
         return
-    allowed_bytes = cap_bytes - max(set_aside_bytes, outside.held_bytes())
-    share = min(1.0, max(0, allowed_bytes) / memory.total_bytes(device))
-    card = torch.cuda.current_device() if device.index is None else device.index
-    before = torch.cuda.get_per_process_memory_fraction(card)
-    torch.cuda.set_per_process_memory_fraction(share, card)
+    before = torch.cuda.get_per_process_memory_fraction(_card(device))
+    cap(outside, cap_bytes, set_aside_bytes)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, card)
+        torch.cuda.set_per_process_memory_fraction(before, _card(device))
+
+
+def cap(outside: Outside, cap_bytes: int, set_aside_bytes: int) -> None:
+    """Set the allocator's limit to what the cap leaves beside all that is not its own now."""
+    if outside.device.type != "cuda":
+        return
+    allowed_bytes = cap_bytes - max(set_aside_bytes, outside.held_bytes())
+    share = min(1.0, max(0, allowed_bytes) / memory.total_bytes(outside.device))
+    torch.cuda.set_per_process_memory_fraction(share, _card(outside.device))
+
+
+def _card(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -196,6 +196,15 @@ def tracked(pipe: Any, device: torch.device, cap_bytes: int | None) -> AbstractC
     return tracker
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of cuDNN, the host
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's own, or a library's in its words."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in said for text in _NO_MEMORY)
+
+
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (GiB|MiB|KiB|B|bytes)")
 _ASKED_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1, "bytes": 1}
 

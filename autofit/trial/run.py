@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from autofit import anatomy, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
 from autofit.trial.cap import Outside, capped
-from autofit.trial.meter import Meter, asked_bytes, tracked
+from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
 from autofit.trial.reference import Reference
 
 PROMPT = "a lighthouse on a rocky coast at dusk, waves, photograph"
@@ -27,7 +27,6 @@ SEED = 0
 WARMUP_STEPS = 3  # the first is recorded or traced, the second compiles, the third is steady, timed
 TRIAL_STEPS = (6, 20)  # the first carries transfers; more of the later ones while they take under
 TRIAL_S = 1.0  # this long together: steps bound by launches on the CPU are noisy
-_NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,10 @@ def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
     try:
         with capped(outside, request.cap_bytes, request.set_aside_bytes), torch.no_grad():
             outcome: Outcome = trial.run()
-    except torch.OutOfMemoryError as error:
-        failure = trial.out_of_memory(error)
     except _CannotWin:
         failure = Failure(Why.TOO_SLOW, "its steps show that it cannot win", Phase.STEP)
     except Exception as error:  # a trial runs other people's code: whatever it raises is a result
-        if any(text in str(error) for text in _NO_MEMORY):
+        if is_out_of_memory(error):
             failure = trial.out_of_memory(error)
         else:
             failure = Failure(Why.ERROR, _one_line(error), trial.phase)
@@ -79,22 +76,27 @@ def generate(
     pipe: Any, workload: Workload, steps: int, *, prompt: str = PROMPT, seed: int = SEED
 ) -> Any:
     """Run the pipe for a workload. Returns its images, float, (batch, height, width, 3)."""
+    seeded = [torch.Generator("cpu").manual_seed(seed + i) for i in range(workload.batch)]
+    asked = asked_of(pipe, workload, steps, prompt)
+    with _noise_of_any_dtype(pipe):
+        out = pipe(**asked, generator=seeded, output_type="np")
+    return out.images if hasattr(out, "images") else out.frames
+
+
+def asked_of(pipe: Any, workload: Workload, steps: int, prompt: str = PROMPT) -> dict[str, Any]:
+    """The arguments with which a pipe is called for a workload; noise and output are left open."""
     asked = {
         "prompt": [prompt] * workload.batch,
         "width": workload.width,
         "height": workload.height,
         "num_inference_steps": steps,
-        "generator": [torch.Generator("cpu").manual_seed(seed + i) for i in range(workload.batch)],
-        "output_type": "np",
     }
     known = inspect.signature(type(pipe).__call__).parameters
     if workload.frames > 1 and "num_frames" in known:
         asked["num_frames"] = workload.frames
     if workload.passes == 1 and probe.batches_guidance(pipe):
         asked["guidance_scale"] = 1.0
-    with _noise_of_any_dtype(pipe):
-        out = pipe(**asked)
-    return out.images if hasattr(out, "images") else out.frames
+    return asked
 
 
 @contextmanager
@@ -156,7 +158,8 @@ class _Trial:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         with techniques.applied(self.request.plan, self.pipe, str(self.device)):
-            warm = self._generate(min(WARMUP_STEPS, self.request.workload.steps))
+            for _ in range(techniques.images_to_settle(self.request.plan)):
+                warm = self._generate(min(WARMUP_STEPS, self.request.workload.steps))
             _finish(self.device)
             warmup_s = time.perf_counter() - start
             if self.request.full:

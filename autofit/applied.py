@@ -1,0 +1,163 @@
+"""A pipe with a profile applied: kept within the budget, leaner where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from autofit import anatomy, cost, probe, techniques
+from autofit.match import Match, needed_bytes
+from autofit.probe import memory
+from autofit.retrying import retrying
+from autofit.spec import Device, NothingFits, Plan, Profile
+from autofit.trial import is_out_of_memory, release
+from autofit.trial.cap import Outside, cap, capped
+from autofit.trust import Trusted
+from autofit.units import format_bytes
+
+_log = logging.getLogger(__name__)
+
+
+class Applied:
+    """A pipe with a profile applied: ``profile``, ``match`` (why it is trusted here), ``plan`` (the
+    profile's, or the leaner one that it came to), ``revert()``, and a context manager."""
+
+    profile: Profile
+    match: Match
+    plan: Plan
+
+    def __init__(self, pipe: Any, trusted: Trusted, device: str, *, enforce: bool = True) -> None:
+        """With ``enforce`` the allocator is capped: what this process holds stays within the
+        budget, and a call that needs more runs out of memory, and goes on by a leaner plan.
+
+        Raises:
+            NothingFits: other processes hold so much of the card that the plan cannot run.
+        """
+        self.profile, self.match, self.plan = trusted.profile, trusted.match, trusted.profile.plan
+        self._pipe, self._target, self._device = pipe, device, torch.device(device)
+        self._leaner = deque(_leaner(self.profile))
+        self._budget = _Budget(self.profile, probe.probe_device(device), self._device, enforce)
+        self._steps = ExitStack()  # of the plan
+        with ExitStack() as stack:
+            stack.enter_context(parked(pipe))
+            stack.enter_context(self._budget.kept())
+            stack.callback(lambda: self._steps.close())
+            self._steps.enter_context(techniques.applied(self.plan, pipe, device))
+            stack.enter_context(anatomy.attribute(pipe, "_autofit", self))
+            stack.enter_context(retrying(pipe, self))
+            self._undo = stack.pop_all()
+
+    def revert(self) -> None:
+        """Leave the pipe as it was found. A second call does nothing."""
+        self._undo.close()
+        release(self._device)
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.revert()
+
+    # What ``retrying`` asks
+
+    def before_call(self) -> None:
+        self._budget.renew()
+
+    def can_step_down(self) -> bool:
+        return bool(self._leaner)
+
+    def step_down(self, error: str) -> None:
+        """Change to the next leaner plan that can be applied, for good."""
+        reason = error.splitlines()[0] if error else "no reason given"
+        while True:
+            self.plan = self._leaner.popleft()
+            self._steps.close()
+            release(self._device)
+            try:
+                self._steps.enter_context(techniques.applied(self.plan, self._pipe, self._target))
+            except Exception as failure:
+                if not is_out_of_memory(failure) or not self._leaner:
+                    raise
+                continue
+            _log.warning("out of memory (%s): from now on %s", reason, self.plan.label)
+            return
+
+
+def _leaner(profile: Profile) -> Iterator[Plan]:
+    """The profile's ladder, then the last of these plans with the fewest weights on the device."""
+    plan = profile.plan
+    for rung in profile.ladder:
+        plan = rung.plan
+        yield plan
+    if plan.placement.opened != plan.placement:
+        yield cost.placed(plan, plan.placement.opened)
+
+
+class _Budget:
+    """What the process may hold, and whether the card has it."""
+
+    def __init__(
+        self, profile: Profile, facts: Device, device: torch.device, enforce: bool
+    ) -> None:
+        self._outside = Outside.of(device, facts, None)
+        self._needed_bytes = needed_bytes(profile.measured, facts)
+        self._budget_bytes = min(profile.budget_bytes, facts.total_bytes) if enforce else None
+        same = profile.on.device == facts.name
+        self._aside_bytes = profile.measured.non_torch_bytes if same else cost.outside_bytes(facts)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        if self._outside.device.type == "cuda":
+            self._check_room()
+        with capped(self._outside, self._budget_bytes, self._aside_bytes):
+            yield
+
+    def renew(self) -> None:
+        """What is not the allocator's may have grown since the last call."""
+        if self._budget_bytes is not None:
+            cap(self._outside, self._budget_bytes, self._aside_bytes)
+
+    def _check_room(self) -> None:
+        device = self._outside.device
+        free_bytes = memory.free_bytes(device)
+        own_bytes = torch.cuda.memory_reserved(device) + self._outside.held_bytes()
+        if self._needed_bytes - own_bytes <= free_bytes:
+            return
+        needed, free = format_bytes(self._needed_bytes - own_bytes), format_bytes(free_bytes)
+        holders = ", ".join(f"{name} {format_bytes(b)}" for name, b in memory.holders(device))
+        raise NothingFits(
+            f"{device} has {free} free and the plan needs {needed} more;"
+            f" others hold it ({holders or 'the driver does not say who'}): end them, or plan for"
+            " a smaller budget",
+            None,
+        )
+
+
+@contextmanager
+def parked(pipe: Any) -> Iterator[None]:
+    """The pipe's weights on the CPU inside, each back on its device on exit."""
+    parts = anatomy.modules(pipe)
+    found = {
+        name: next((t.device for _, _, t in anatomy.tensors(module)), torch.device("cpu"))
+        for name, module in parts.items()
+    }
+    try:
+        for module in parts.values():
+            module.to("cpu")
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        yield
+    finally:
+        for name, device in found.items():
+            parts[name].to(device)

@@ -1,0 +1,92 @@
+"""What the caller asks for: a goal, understood and checked against what the pipe can make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autofit import architectures
+from autofit.spec import BadInput, Fidelity, NothingFits, Pipeline, Workload
+from autofit.units import format_bytes, parse_size
+
+SUGGESTION = 1.02  # on the smallest peak, so that what we suggest works: above cost.MARGIN
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to plan for, as the caller said it; None takes the model's own default.
+
+    Raises:
+        BadInput: a value that no model could make; that is found out before one is loaded.
+    """
+
+    budget: str | int
+    size: tuple[int, int] | None = None
+    batch: int = 1
+    steps: int | None = None
+    frames: int = 1
+    fidelity: str = "lossy"
+
+    def __post_init__(self) -> None:
+        _budget_bytes(self.budget)
+        fidelity_named(self.fidelity)
+        if self.size is not None and len(self.size) != 2:
+            raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
+        for name in ("batch", "steps", "frames"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise BadInput(f"{name} {count} is below 1; write for example --{name} 1")
+
+    @property
+    def budget_bytes(self) -> int:
+        return _budget_bytes(self.budget)
+
+
+def workload_for(pipeline: Pipeline, goal: Goal, defaults: str | None = None) -> Workload:
+    """The workload that is asked for, checked against what the pipe can make.
+
+    Raises:
+        BadInput: a side that the VAE and the denoiser cannot divide.
+    """
+    known = next((a for a in architectures.ARCHITECTURES if a.name == defaults), None)
+    own = (
+        (known.width, known.height) if known else (pipeline.default_width, pipeline.default_height)
+    )
+    width, height = goal.size or own
+    multiple = pipeline.size_multiple_px
+    if width % multiple or height % multiple or min(width, height) < multiple:
+        near = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+        raise BadInput(
+            f"size {width}x{height}: {pipeline.cls} needs multiples of {multiple} pixels;"
+            f" the nearest is {near[0]}x{near[1]}"
+        )
+    own_steps = known.steps if known else pipeline.default_steps
+    steps = own_steps if goal.steps is None else goal.steps
+    return Workload(width, height, steps, goal.batch, goal.frames, pipeline.default_passes)
+
+
+def too_little(what: str, smallest_bytes: int) -> NothingFits:
+    """The error that says ``what`` does not fit, and suggests a budget in which something does."""
+    enough = math.ceil(smallest_bytes * SUGGESTION / 1e6)
+    smallest = format_bytes(smallest_bytes)
+    return NothingFits(
+        f"{what}; the smallest needs {smallest}: try --budget {enough}MB", smallest_bytes
+    )
+
+
+def fidelity_named(text: str) -> Fidelity:
+    try:
+        return Fidelity(text)
+    except ValueError:
+        known = ", ".join(f.value for f in Fidelity)
+        raise BadInput(f"fidelity {text!r}: one of {known}") from None
+
+
+def _budget_bytes(budget: str | int) -> int:
+    if isinstance(budget, str):
+        return parse_size(budget)
+    if not isinstance(budget, int):
+        raise BadInput(f"budget {budget!r}: give a text such as '8GB', or whole bytes")
+    if budget <= 0:
+        raise BadInput(f"budget {budget} bytes is not above zero; write for example '8GB'")
+    return budget

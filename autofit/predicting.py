@@ -1,0 +1,55 @@
+"""What `autofit plan` does where it predicts. Of a model seen before, torch is not loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autofit import outlook
+from autofit.goals import Goal
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be predicted: all budgets with all sizes; None is the card's, the model's own."""
+
+    goal: Callable[[str | int, str | None], Goal]
+    budgets: Sequence[str | None]
+    sizes: Sequence[str | None]
+    is_table: bool
+
+
+def predict(
+    model: str,
+    asked: Asked,
+    gpu: str | None,
+    device: str | None,
+    dtype: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    if gpu is None and device is None:
+        from autofit import session
+
+        device = session.default_device()
+    card = outlook.card(gpu, device)
+    whole_bytes = outlook.whole_card_bytes(gpu, card)
+    goals = [asked.goal(b or whole_bytes, s) for s in asked.sizes for b in asked.budgets]
+    found = outlook.outlooks(model, goals, card, dtype)
+    if asked.is_table:
+        if as_json:
+            print(json.dumps([outlook.document(o) for o in found], indent=2))
+        else:
+            print(outlook.table(found))
+        return
+    forecast = outlook.fitting(found[0])
+    if output is not None:
+        from autofit import store
+
+        store.save_document(outlook.document(found[0]), output)
+    if as_json:
+        print(json.dumps(outlook.document(found[0]), indent=2))
+    else:
+        print(outlook.lines(found[0], forecast))

@@ -1,0 +1,58 @@
+"""The denoiser's forwards as CUDA graphs, transfers included: what each begins and ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from autofit.streaming.lanes import Lane
+from autofit.streaming.parts import Part
+from autofit.streaming.pool import Pool
+
+
+class Moving:
+    """A part's weights, for who captures its forwards in graphs.
+
+    A replay runs no hooks: the copies are in the graph, beside the compute that they were captured
+    beside, and all are done where it ends. So each graph has to begin with what it ends with in the
+    arena: the units that run first, as many as fit (``Ring.restart``).
+    """
+
+    def __init__(self, part: Part, pool: Pool, lane: Lane) -> None:
+        self._part, self._pool, self._lane = part, pool, lane
+        self._left_at = -1  # the ring's count of moves when the last graph began
+
+    @property
+    def arrangement(self) -> int | None:
+        """The number of the arrangement that weights lie in; None while another may follow."""
+        is_settled = self._part.is_timed and self._pool.is_settled
+        return self._pool.arrangement if is_settled else None
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While the current stream is being captured.
+
+        Raises:
+            RuntimeError: the forward did not end with what it began with, or changes its weights.
+        """
+        if any(unit.changes_itself for unit in self._part.division.order):
+            raise RuntimeError("hooks put other tensors in the place of its weights")
+        ring = self._pool.ring
+        first = ring.queued
+        try:
+            with self._lane.captured():
+                yield
+            if ring.queued != first:
+                raise RuntimeError("its layers ran in another order than in the forward recorded")
+        finally:
+            ring.clear()  # a capture copies nothing, whatever the ring was told
+
+    def begin(self) -> None:
+        """Bring the arena to where every graph begins. The compute waits for it."""
+        ring = self._pool.ring
+        if ring.moves == self._left_at:
+            return
+        ring.restart(self._part)
+        for unit in ring.queued:
+            self._lane.wait(unit.ready)
+        self._left_at = ring.moves

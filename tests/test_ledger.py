@@ -1,0 +1,290 @@
+"""Studies that several processes search at once, as they come out where nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from worlds import CARD, LARGE, SDXL, World, gib
+
+from autofit import ledger, studies
+from autofit.ledger import Ledger
+from autofit.sampler import PlanSampler, Task, best_attempt
+from autofit.search import Found, Limits, search
+from autofit.spec import BadInput, Measurement, Outcome, Plan
+from autofit.techniques.space import legal_plans
+
+PLANS = legal_plans(SDXL, CARD, LARGE)
+TASK = Task(PLANS, SDXL, CARD, LARGE, gib(6))
+ROOT = Path(__file__).parent.parent
+TRIAL_S = 0.05
+# Debian keeps the server's programs off the PATH.
+SERVERS = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None]
+
+
+def stored(where: str | Path) -> Any:
+    """A database by its URL, else a journal."""
+    if "://" in str(where):
+        return studies.storage(str(where), "s")
+    return optuna.storages.JournalStorage(JournalFileBackend(str(where)))
+
+
+def opened(where: str | Path, name: str = "s") -> Ledger:
+    return Ledger(stored(where), name, PlanSampler(TASK))
+
+
+class Slow(World):
+    """A world in which a trial takes a while."""
+
+    def measure(self, plan: Plan, give_up_s: float | None) -> Outcome:
+        time.sleep(TRIAL_S)
+        return super().measure(plan, give_up_s)
+
+
+def part_of(world: World, where: str | Path, name: str) -> Found:
+    """One process's part in a study."""
+    limits = Limits(trials=30)
+    return search(TASK, world.measure, storage=stored(where), name=name, limits=limits)
+
+
+def check(calls: list[list[str]], known: list[set[str]], bests: list[float]) -> None:
+    """By process: the plans that it measured, those that it knows of, and the best of these."""
+    flat = list(chain(*calls))
+    assert len(set(flat)) == len(flat)  # no two measured one plan
+    assert all(calls)
+    # Who sees nothing worth a trial while nobody is at one leaves; the last to leave knows all.
+    assert max(known, key=len) == set(flat)
+    alone = best_s(search(TASK, World(gib(6)).measure))
+    assert all(best <= 1.25 * alone for best in bests)
+
+
+def best_s(found: Found) -> float:
+    best = best_attempt(found.attempts, TASK)
+    assert best is not None
+    assert isinstance(best.outcome, Measurement)
+    return TASK.objective_s(best.outcome)
+
+
+def labels(found: Found) -> set[str]:
+    return {attempt.plan.label for attempt in found.attempts}
+
+
+def test_three_share_the_trials(tmp_path: Path) -> None:
+    worlds = [Slow(gib(6)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        founds = list(pool.map(lambda world: part_of(world, tmp_path / "study", "s"), worlds))
+    calls = [[plan.label for plan in world.calls] for world in worlds]
+    check(calls, [labels(found) for found in founds], [best_s(found) for found in founds])
+
+
+def test_of_two_who_claim_a_plan_at_once_the_first_has_it(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "study"), opened(tmp_path / "study")
+    with first.claimed(PLANS[0]) as one:
+        assert one is not None
+        with second.claimed(PLANS[0]) as two:
+            assert two is None
+        first.catch_up()
+        assert not first.others_at_work
+        second.catch_up()
+        assert second.others_at_work
+        with second.claimed(PLANS[1]) as other:
+            assert other is not None
+
+
+def test_a_claim_that_measured_nothing_is_free_again(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "study"), opened(tmp_path / "study")
+    with pytest.raises(ZeroDivisionError), first.claimed(PLANS[0]):
+        _ = 1 / 0
+    second.catch_up()
+    assert not second.others_at_work
+    with second.claimed(PLANS[0]) as trial:
+        assert trial is not None
+
+
+# Processes say what they have to on one line, and wait for one.
+KILLED = """
+with opened({where!r}, "killed").claimed(PLANS[0]):
+    said("at it")
+"""
+SHARING = """
+world = Slow(gib(6))
+said("ready")
+found = part_of(world, {where!r}, "shared")
+said([plan.label for plan in world.calls], sorted(labels(found)), best_s(found))
+"""
+LEAVING = """
+class Hanging(World):
+    def measure(self, plan, give_up_s):
+        said(plan.label)
+part_of(Hanging(gib(6)), {where!r}, "left")
+"""
+
+
+def said(*facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+    sys.stdin.readline()
+
+
+class Other:
+    """Another process, with this module's names; killed in the end."""
+
+    def __init__(self, script: str, where: str | Path) -> None:
+        begin = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        code = begin + "from test_ledger import *\n" + script.format(where=str(where))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process: Any = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)  # type: ignore[call-overload]
+
+    def hear(self) -> list[Any]:
+        return list(json.loads(self._process.stdout.readline()))
+
+    def go_on(self) -> None:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def __enter__(self) -> Other:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def check_taken_over(where: str | Path) -> None:
+    with Other(KILLED, where) as other:
+        assert other.hear() == ["at it"]
+        mine = opened(where, "killed")
+        assert mine.others_at_work
+        other.kill()
+        mine.catch_up()
+        assert not mine.others_at_work
+        with mine.claimed(PLANS[0]) as trial:
+            assert trial is not None
+
+
+def test_the_trial_of_a_process_that_was_killed_is_taken_over_at_once(tmp_path: Path) -> None:
+    check_taken_over(tmp_path / "study")
+
+
+def test_on_another_host_a_beat_says_who_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "BEAT_S", 0.05)
+    monkeypatch.setattr(ledger, "STALE_S", 0.5)
+    mine, path = opened(tmp_path / "study"), tmp_path / "study"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(ledger, "_host", lambda: "another")
+        theirs = opened(path)
+        claim = theirs.claimed(PLANS[0])
+        assert claim.__enter__() is not None
+    stops = time.monotonic() + 0.8
+    while time.monotonic() < stops:
+        mine.catch_up()
+        assert mine.others_at_work
+        time.sleep(0.05)
+    claim.__exit__(None, None, None)  # its end is written, as if it had lost its beat alone:
+    number = theirs._study.trials[-1].number
+    lost = mine._study.trials[number]
+    lost.state = TrialState.RUNNING
+    monkeypatch.setattr(mine, "_known", set())
+    monkeypatch.setattr(mine._study, "get_trials", lambda deepcopy: [lost])
+    mine.catch_up()
+    assert mine.others_at_work
+    time.sleep(0.6)
+    mine.catch_up()
+    assert not mine.others_at_work
+
+
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(BadInput, match=r"import DB access module.*; install the database's driver"):
+        studies.storage("mysql://localhost/x", "s")
+
+
+# ---------------------------------------------------------------- a real PostgreSQL
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """A server of our own on a socket, without a port. It refuses to run as root."""
+    if (programs := next(filter(_server, SERVERS), "")) == "":
+        pytest.skip("no PostgreSQL on this machine: Debian's package postgresql has it")
+    folder = Path("/tmp") / f"autofit-pg-{os.getpid()}"  # sockets want short names
+    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    folder.mkdir()
+    if user:
+        shutil.chown(folder, **user)
+
+    def run(program: str, *arguments: str) -> None:
+        path = shutil.which(program, path=programs)
+        done = subprocess.run(
+            [str(path), *arguments],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder, check=False,
+            **user,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    data, log = str(folder / "data"), str(folder / "log")
+    try:
+        run("initdb", "-D", data, "-U", "autofit", "-A", "trust", "--no-sync")
+        options = f"-c listen_addresses='' -k {folder} -F"
+        run("pg_ctl", "-D", data, "-l", log, "-w", "-o", options, "start")
+        try:
+            yield f"postgresql+psycopg2://autofit@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+def _server(programs: str | None) -> bool:
+    """Whether its programs are in this folder, or on the PATH."""
+    return all(shutil.which(program, path=programs) for program in ("initdb", "pg_ctl"))
+
+
+def test_two_processes_share_a_study_in_a_database(postgres: str) -> None:
+    with Other(SHARING, postgres) as one, Other(SHARING, postgres) as two:
+        both = one, two
+        assert [other.hear() for other in both] == [["ready"]] * 2
+        for other in both:
+            other.go_on()
+        calls, known, bests = zip(*(other.hear() for other in both), strict=True)
+    check(list(calls), list(map(set, known)), list(bests))
+
+
+def test_in_a_database_a_killed_process_s_trial_is_taken_over_at_once(postgres: str) -> None:
+    check_taken_over(postgres)
+
+
+def test_in_a_database_a_search_does_what_a_killed_one_was_at(postgres: str) -> None:
+    with Other(LEAVING, postgres) as other:
+        (left,) = other.hear()
+        other.kill()
+    world = World(gib(6))
+    found = part_of(world, postgres, "left")
+    assert world.calls[0].label == left
+    assert best_s(found) == best_s(search(TASK, World(gib(6)).measure))
+
+
+def test_of_a_study_in_a_database_everything_is_forgotten_when_asked(postgres: str) -> None:
+    found = search(TASK, World(gib(6)).measure, storage=stored(postgres), name="s")
+    assert labels(found) == labels(part_of(World(gib(6)), postgres, "s"))
+    anew = World(gib(6))
+    storage = studies.storage(postgres, "s", fresh=True)
+    assert search(TASK, anew.measure, storage=storage, name="s") == found
+    assert len(anew.calls) == len(found.attempts)

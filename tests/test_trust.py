@@ -1,0 +1,426 @@
+"""From a stored profile to one that holds here: one trial where it takes one, and never twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import samples
+import worlds
+
+from autofit import cost, store, trust
+from autofit.match import Level, environment
+from autofit.spec import (
+    BadInput,
+    Device,
+    Environment,
+    Evidence,
+    Failure,
+    Fidelity,
+    Outcome,
+    Part,
+    Phase,
+    Plan,
+    Profile,
+    Rung,
+    Why,
+    Workload,
+)
+from autofit.techniques import KINDS
+from autofit.trial import Request, Subject
+from autofit.trust import Ask
+
+GIB = samples.GIB
+BUDGET = 8 * GIB
+THERE = worlds.CARD
+HERE = replace(THERE, name="NVIDIA H100", total_bytes=80 * GIB)
+ON = environment(HERE, BUDGET)
+FAST, LEAN, LEANEST = (
+    Plan((samples.TILED, samples.RESIDENT)),
+    Plan((samples.TILED, samples.OFFLOAD)),
+    Plan((KINDS["sequential_offload"](),)),
+)
+MEASURED = samples.measurement(peak_bytes=7 * GIB)
+RUNGS = (
+    Rung(LEAN, samples.measurement(peak_bytes=6 * GIB, image_s=2.0, verified=False)),
+    Rung(LEANEST, samples.measurement(peak_bytes=2 * GIB, image_s=9.0, verified=False)),
+)
+PROFILE = samples.profile(
+    pipeline=worlds.SDXL.cls,
+    fingerprint=worlds.SDXL.fingerprint,
+    workload=worlds.LARGE,
+    budget_bytes=BUDGET,
+    plan=FAST,
+    measured=MEASURED,
+    on=environment(THERE, BUDGET),
+    components=tuple(map(Part.of, worlds.SDXL.components)),
+    ladder=RUNGS,
+)
+AGAIN = samples.measurement(image_s=1.25, peak_bytes=6 * GIB, psnr_db=None, reference=None)
+NO_MEMORY = Failure(Why.OUT_OF_MEMORY, "CUDA out of memory in /home/ada/models", Phase.DECODE)
+SMALLER = replace(worlds.LARGE, height=512)
+
+
+@dataclass
+class Machine:
+    """A measurer whose every plan holds but for those in ``fails``."""
+
+    fails: dict[Plan, Outcome] = field(default_factory=dict)
+    device: Device = HERE
+    requests: list[Request] = field(default_factory=list)
+    opened: int = 0
+
+    def ask(self, workload: Workload = worlds.LARGE, budget_bytes: int = BUDGET) -> Ask:
+        return Ask(worlds.SDXL, self.device, workload, budget_bytes, self.measuring)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Machine]:
+        self.opened += 1
+        yield self
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(worlds.SDXL, self.device)
+
+    @property
+    def tried(self) -> list[Plan]:
+        return [request.plan for request in self.requests]
+
+    def measure(self, request: Request) -> Outcome:
+        self.requests.append(request)
+        return self.fails.get(request.plan, AGAIN)
+
+    def renew(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder and nothing else where profiles are looked for."""
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("AUTOFIT_PROFILES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def kept(home: Path) -> list[Profile]:
+    return [store.load(path) for path in sorted(home.glob("profiles/*.yaml"))]
+
+
+# ---------------------------------------------------------------- a profile that is given
+
+
+class TestGiven:
+    def test_what_was_measured_here_is_not_run(self, home: Path) -> None:
+        machine = Machine(device=THERE)
+        trusted = trust.given(PROFILE, machine.ask())
+        assert trusted.profile == PROFILE
+        assert trusted.match.level is Level.SAME
+        assert (machine.opened, kept(home)) == (0, [])
+
+    def test_what_was_measured_elsewhere_is_verified_by_one_trial_and_never_again(
+        self, home: Path
+    ) -> None:
+        machine = Machine()
+        trusted = trust.given(PROFILE, machine.ask())
+        assert trusted.profile == replace(PROFILE, evidence=(Evidence(AGAIN, ON),))
+        assert trusted.match.level is Level.CARD
+        assert trusted.match.reason == (
+            "measured on NVIDIA H200 (139.80 GiB), not on NVIDIA H100 (80.00 GiB);"
+            " verified here: 1.25 s a generation, peak 6.00 GiB"
+        )
+        assert machine.tried == [FAST]
+        assert kept(home) == [trusted.profile]
+        again = trust.given(PROFILE, machine.ask())  # as somebody sent it: it knows of no trial
+        assert again.profile == trusted.profile
+        assert again.match.level is Level.SAME
+        assert machine.opened == 1
+
+    def test_other_versions_are_verified_beside_what_is_known(self, home: Path) -> None:
+        trust.given(PROFILE, Machine().ask())
+        newer = replace(HERE, versions=samples.VERSIONS | {"torch": "2.12.0"})
+        trusted = trust.given(PROFILE, Machine(device=newer).ask())
+        assert trusted.match.level is Level.SOFTWARE
+        assert [e.on for e in trusted.profile.evidence] == [ON, environment(newer, BUDGET)]
+        assert kept(home) == [trusted.profile]
+
+    def test_a_plan_that_fails_gives_way_to_the_first_leaner_one_that_holds(
+        self, home: Path
+    ) -> None:
+        machine = Machine({FAST: NO_MEMORY, LEAN: replace(NO_MEMORY, phase=None)})
+        trusted = trust.given(PROFILE, machine.ask())
+        assert trusted.profile.plan == LEANEST
+        assert trusted.profile.measured == RUNGS[1].measured
+        assert (trusted.profile.ladder, trusted.profile.on) == ((), PROFILE.on)
+        assert trusted.profile.evidence == (Evidence(AGAIN, ON),)
+        assert trusted.match.reason.endswith(
+            "verified here: 1.25 s a generation, peak 6.00 GiB; a leaner plan of the profile,"
+            " whose own did not hold (verified here, it failed: out of memory in decode)"
+        )
+        assert machine.tried == [FAST, LEAN, LEANEST]
+
+        again = trust.given(PROFILE, machine.ask())
+        assert again.profile == trusted.profile
+        assert machine.tried == [FAST, LEAN, LEANEST]
+        assert "whose own did not hold (verified on this machine, it failed" in again.match.reason
+
+    def test_a_leaner_plan_keeps_those_that_are_leaner_still(self) -> None:
+        trusted = trust.given(PROFILE, Machine({FAST: NO_MEMORY}).ask())
+        assert trusted.profile.plan == LEAN
+        assert trusted.profile.ladder == RUNGS[1:]
+
+    def test_a_leaner_plan_that_only_a_short_trial_measured_here_is_run_whole_and_once(
+        self,
+    ) -> None:
+        failed = Evidence(replace(NO_MEMORY, detail=""), PROFILE.on)
+        profile = replace(PROFILE, evidence=(failed,))
+        machine = Machine(device=THERE)
+        for _ in range(2):
+            trusted = trust.given(profile, machine.ask())
+            assert (trusted.profile.plan, trusted.match.level) == (LEAN, Level.SAME)
+        assert machine.tried == [LEAN]
+
+    def test_a_leaner_plan_for_a_card_that_is_too_small_for_the_own(self) -> None:
+        machine = Machine(device=replace(HERE, total_bytes=7 * GIB))
+        trusted = trust.given(PROFILE, machine.ask())
+        assert trusted.profile.plan == LEAN
+        assert machine.tried == [LEAN]  # what cannot fit is not tried
+        assert "(NVIDIA H100 has 7.00 GiB, and the plan needs " in trusted.match.reason
+
+    def test_where_every_plan_fails_it_is_bad_input_once_and_for_all(self, home: Path) -> None:
+        crash = Failure(Why.CRASH, "worker ended by SIGSEGV")
+        machine = Machine({FAST: NO_MEMORY, LEAN: crash, LEANEST: crash})
+        message = (
+            r"the profile does not hold here: verified here, it failed: out of memory in decode:"
+            r" plan here with autofit plan$"
+        )
+        with pytest.raises(BadInput, match=message):
+            trust.given(PROFILE, machine.ask())
+        assert machine.tried == [FAST, LEAN, LEANEST]
+        assert len(kept(home)) == 3
+        with pytest.raises(BadInput, match="verified on this machine, it failed: out of memory"):
+            trust.given(PROFILE, machine.ask())
+        assert machine.opened == 3
+
+    def test_a_profile_of_another_pipeline_is_bad_input_and_not_run(self, home: Path) -> None:
+        machine = Machine()
+        with pytest.raises(BadInput, match="it is for StableDiffusionXLPipeline, this pipe is a"):
+            trust.given(PROFILE, replace(machine.ask(), pipeline=worlds.FLUX))
+        assert (machine.opened, kept(home)) == (0, [])
+
+    def test_without_a_measurer_nothing_is_run_and_nothing_kept(self, home: Path) -> None:
+        trusted = trust.given(PROFILE, replace(Machine().ask(), measuring=None))
+        assert trusted.profile == PROFILE
+        assert trusted.match.level is Level.CARD
+        assert "verified" not in trusted.match.reason
+        assert kept(home) == []
+
+    def test_an_interrupted_trial_is_not_taken_for_a_failure(self, home: Path) -> None:
+        class Interrupted(Machine):
+            def measure(self, request: Request) -> Outcome:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            trust.given(PROFILE, Interrupted().ask())
+        assert kept(home) == []
+
+
+# ---------------------------------------------------------------- profiles that are stored
+
+
+def stored(ask: Ask, at_worst: Fidelity = Fidelity.LOSSY) -> tuple[Plan, Level] | None:
+    found = trust.stored(ask, at_worst)
+    return found and (found.profile.plan, found.match.level)
+
+
+class TestStored:
+    @pytest.fixture(autouse=True)
+    def _nothing_shipped(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("autofit.places.SHIPPED", tmp_path / "nothing")
+
+    def test_nothing_is_found_in_an_empty_folder(self) -> None:
+        assert stored(Machine().ask()) is None
+
+    def test_exactly_what_is_asked_for_is_taken_as_it_is(self) -> None:
+        store.keep(PROFILE)
+        machine = Machine(device=THERE)
+        assert stored(machine.ask()) == (FAST, Level.SAME)
+        assert machine.opened == 0
+
+    def test_what_was_measured_on_another_card_is_verified_once(self, home: Path) -> None:
+        store.keep(PROFILE)
+        machine = Machine()
+        assert stored(machine.ask()) == (FAST, Level.CARD)
+        assert stored(machine.ask()) == (FAST, Level.SAME)
+        assert machine.tried == [FAST]
+        assert kept(home) == [replace(PROFILE, evidence=(Evidence(AGAIN, ON),))]
+
+    def test_the_most_trusted_is_tried_first_though_it_is_slower(self) -> None:
+        older = replace(HERE, versions=samples.VERSIONS | {"torch": "2.10.0"})
+        slow = samples.measurement(peak_bytes=6 * GIB, image_s=5.0)
+        store.keep(PROFILE)
+        store.keep(replace(PROFILE, plan=LEAN, measured=slow, on=environment(older, BUDGET)))
+        assert stored(Machine().ask()) == (LEAN, Level.SOFTWARE)
+
+    def test_of_those_trusted_alike_the_fastest_is_tried(self) -> None:
+        store.keep(replace(PROFILE, plan=LEAN, measured=RUNGS[0].measured))
+        store.keep(PROFILE)
+        store.keep(replace(PROFILE, plan=LEANEST, measured=RUNGS[1].measured))
+        machine = Machine()
+        assert stored(machine.ask()) == (FAST, Level.CARD)
+        assert machine.tried == [FAST]
+
+    def test_a_plan_that_is_less_faithful_than_asked_is_not_taken(self) -> None:
+        store.keep(PROFILE)
+        assert FAST.fidelity is Fidelity.LOSSY
+        assert stored(Machine().ask(), Fidelity.NUMERIC) is None
+        exact = replace(PROFILE, plan=LEANEST, measured=RUNGS[1].measured)
+        store.keep(exact)
+        assert stored(Machine().ask(), Fidelity.EXACT) == (LEANEST, Level.CARD)
+
+    def test_a_failure_ends_the_search_through_what_is_stored_and_is_kept(self, home: Path) -> None:
+        store.keep(PROFILE)
+        machine = Machine({FAST: NO_MEMORY})
+        assert stored(machine.ask()) is None
+        assert machine.tried == [FAST]  # no leaner one: a search finds better
+        assert stored(machine.ask()) is None
+        assert machine.tried == [FAST]
+        (known,) = kept(home)
+        assert known.evidence == (Evidence(replace(NO_MEMORY, detail=""), ON),)
+
+    @pytest.mark.parametrize(
+        ("workload", "budget_bytes", "level"),
+        [(SMALLER, BUDGET, Level.WORKLOAD), (worlds.LARGE, 7 * GIB, Level.CARD)],
+        ids=["a smaller workload", "a smaller budget"],
+    )
+    def test_what_holds_for_less_becomes_a_profile_of_its_own(
+        self, home: Path, workload: Workload, budget_bytes: int, level: Level
+    ) -> None:
+        store.keep(PROFILE)
+        machine = Machine()
+        ask = machine.ask(workload, budget_bytes)
+        assert stored(ask) == (FAST, level)
+        assert stored(ask) == (FAST, Level.SAME)
+        assert machine.opened == 1
+        own = replace(
+            PROFILE,
+            workload=workload,
+            budget_bytes=budget_bytes,
+            measured=AGAIN,
+            on=environment(HERE, budget_bytes),
+            ladder=(),
+        )
+        assert sorted(kept(home), key=lambda p: len(p.ladder)) == [own, PROFILE]
+
+    @pytest.mark.parametrize(
+        ("workload", "budget_bytes"),
+        [(SMALLER, BUDGET), (worlds.LARGE, 7 * GIB)],
+        ids=["a smaller workload", "a smaller budget"],
+    )
+    def test_a_failure_with_less_says_nothing_of_what_the_profile_is_for(
+        self, home: Path, workload: Workload, budget_bytes: int
+    ) -> None:
+        store.keep(PROFILE)
+        machine = Machine({FAST: NO_MEMORY})
+        assert stored(machine.ask(workload, budget_bytes)) is None
+        assert kept(home) == [PROFILE]
+        machine.fails.clear()
+        assert stored(machine.ask()) == (FAST, Level.CARD)
+
+    def test_what_failed_here_is_not_tried_again_though_another_place_has_it_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        store.save(PROFILE, shared / "a.yaml")
+        monkeypatch.setenv("AUTOFIT_PROFILES", str(shared))
+        machine = Machine({FAST: NO_MEMORY})
+        assert stored(machine.ask()) is None
+        assert stored(machine.ask()) is None
+        assert machine.tried == [FAST]
+        assert store.load(shared / "a.yaml") == PROFILE
+
+    def test_a_file_that_went_since_it_was_listed_is_passed_over(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.keep(replace(PROFILE, plan=LEAN, measured=RUNGS[0].measured))
+        gone = store.keep(PROFILE)
+        listed = trust.places.items(trust.places.places())
+        gone.unlink()
+        monkeypatch.setattr(trust.places, "items", lambda _: listed)
+        assert stored(Machine().ask()) == (LEAN, Level.CARD)
+
+
+# ---------------------------------------------------------------- one trial
+
+
+class TestTried:
+    @pytest.mark.parametrize(
+        ("budget_bytes", "cap_bytes"), [(BUDGET, BUDGET), (90 * GIB, HERE.total_bytes)]
+    )
+    def test_it_is_whole_generations_under_the_cap(self, budget_bytes: int, cap_bytes: int) -> None:
+        machine = Machine()
+        assert trust.tried(machine, FAST, worlds.LARGE, budget_bytes) == AGAIN
+        outside = cost.outside_bytes(HERE)
+        assert machine.requests == [Request(FAST, worlds.LARGE, cap_bytes, outside, full=True)]
+
+    @pytest.mark.parametrize(
+        ("first", "runs"), [(Why.OVER_BUDGET, 2), (Why.OUT_OF_MEMORY, 1), (Why.CRASH, 1)]
+    )
+    def test_only_over_budget_is_run_again_with_the_libraries_loaded(
+        self, first: Why, runs: int
+    ) -> None:
+        outcomes: list[Outcome] = [Failure(first, "at first"), AGAIN]
+
+        class Loading(Machine):
+            def measure(self, request: Request) -> Outcome:
+                self.requests.append(request)
+                return outcomes[len(self.requests) - 1]
+
+        machine = Loading()
+        assert trust.tried(machine, FAST, worlds.LARGE, BUDGET) == outcomes[runs - 1]
+        assert machine.requests == machine.requests[:1] * runs
+
+
+# ---------------------------------------------------------------- evidence
+
+
+class TestEvidence:
+    @pytest.mark.parametrize("outcome", [AGAIN, NO_MEMORY])
+    def test_is_added_without_the_words_of_an_error(self, outcome: Outcome) -> None:
+        (added,) = trust.with_evidence(PROFILE, outcome, ON).evidence
+        assert added.on == ON
+        assert type(added.outcome) is type(outcome)
+        assert "ada" not in repr(added)
+
+    def test_of_one_machine_the_latest_counts(self) -> None:
+        other = environment(THERE, BUDGET)
+        profile = trust.with_evidence(PROFILE, NO_MEMORY, ON)
+        profile = trust.with_evidence(profile, AGAIN, other)
+        cooler = replace(ON, pinned_bytes_s=1.0)  # the same machine at another moment
+        profile = trust.with_evidence(profile, AGAIN, cooler)
+        assert profile.evidence == (Evidence(AGAIN, other), Evidence(AGAIN, cooler))
+
+    @pytest.mark.parametrize("change", [
+        lambda on: replace(on, device="NVIDIA H200 NVL"),
+        lambda on: replace(on, total_bytes=1),
+        lambda on: replace(on, versions=on.versions | {"driver": "590.48.01"}),
+    ])  # fmt: skip
+    def test_of_another_machine_stays(self, change: Callable[[Environment], Any]) -> None:
+        profile = trust.with_evidence(PROFILE, NO_MEMORY, change(ON))
+        assert len(trust.with_evidence(profile, AGAIN, ON).evidence) == 2
+
+    @pytest.mark.parametrize(("outcome", "text"), [
+        (AGAIN, "verified here: 1.25 s a generation, peak 6.00 GiB"),
+        (NO_MEMORY, "verified here, it failed: out of memory in decode"),
+        (Failure(Why.HANG, "no answer"), "verified here, it failed: hang"),
+    ])  # fmt: skip
+    def test_is_told_in_a_few_words(self, outcome: Outcome, text: str) -> None:
+        assert trust.outcome_text(outcome) == text
