@@ -135,11 +135,9 @@ class _Budget:
         if self._needed_bytes - own_bytes <= free_bytes:
             return
         needed, free = format_bytes(self._needed_bytes - own_bytes), format_bytes(free_bytes)
-        holders = ", ".join(f"{name} {format_bytes(b)}" for name, b in memory.holders(device))
         raise NothingFits(
-            f"{device} has {free} free and the plan needs {needed} more;"
-            f" others hold it ({holders or 'the driver does not say who'}): end them, or plan for"
-            " a smaller budget",
+            f"{device} has {free} free and the plan needs {needed} more; others hold it"
+            f" ({memory.holders_text(device)}): end them, or plan for a smaller budget",
             None,
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,15 @@ class Trials:
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 continue
-            seen = attempt.outcome
-            outcome = dataclasses.replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
+            if outcome.psnr_db is None:  # the reference's image is another machine's
+                seen = attempt.outcome
+                outcome = replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
             verified.append(Attempt(plan, outcome))
         if not verified:
+            larger = "; try a budget a little larger" if ran_out(failures[-1]) else ""
             raise NothingFits(
-                f"the best plans passed their trials but not the whole run: {failures[-1].detail};"
-                " try a budget a little larger",
+                "the best plans passed their trials but not the whole run:"
+                f" {failures[-1].detail}{larger}",
                 None,
             )
         return ranking(verified, self.task)[0]
@@ -87,14 +89,14 @@ class Trials:
     def _whole(self, plan: Plan) -> tuple[Plan, Outcome]:
         """Measure a plan in full, and once more where it fails: in a fresh process, and where
         memory was short with fewer weights on the device, if its placement allows that."""
-        outcome = self._measure(plan, full=True)
+        outcome = self._measure(plan, full=True, reference=self._image)
         if isinstance(outcome, Measurement):
             return plan, outcome
         self.measurer.renew()  # perhaps it failed of what earlier trials left in the process
         if ran_out(outcome):
             less_bytes = int(STEP * self.task.budget_bytes)
             plan = cost.narrowed(plan, self.task.pipeline, less_bytes) or plan
-        return plan, self._measure(plan, full=True)
+        return plan, self._measure(plan, full=True, reference=self._image)
 
     def smallest_bytes(self, plans: Sequence[Plan]) -> int | None:
         """The least peak of these plans, measured without a cap."""

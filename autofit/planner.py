@@ -32,6 +32,7 @@ from autofit.units import format_bytes
 
 RUNGS = 4  # of a profile's ladder, at most
 CLEAR_STEP = 0.9  # of the peak before it: the most that the next rung may need
+OWN_BYTES = 300_000_000  # libraries that this process had loaded before count as others'
 RESUMES = "interrupted; the same command resumes"
 
 Foresee = Callable[[Task], cost.Basis]
@@ -131,6 +132,7 @@ def _begun(
 ) -> tuple[Task, Trials, Callable[..., Found]]:
     """What is searched for, who measures it, and the search itself, its study opened."""
     pipeline, device = measurer.subject.pipeline, measurer.subject.device
+    _check_room(measurer.subject, goal.budget_bytes)
     workload = workload_for(pipeline, goal, defaults)
     plans = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
     task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
@@ -147,6 +149,20 @@ def _begun(
         name=name,
     )
     return task, trials, searched
+
+
+def _check_room(subject: Subject, budget_bytes: int) -> None:
+    """Say so where others hold so much of the card that the budget is not to be had."""
+    device, others_bytes = subject.device, subject.others_bytes
+    left_bytes = device.total_bytes - others_bytes
+    if others_bytes <= OWN_BYTES or budget_bytes <= left_bytes:
+        return
+    budget, left, held = map(format_bytes, (budget_bytes, left_bytes, others_bytes))
+    raise NothingFits(
+        f"budget {budget}: others hold {held} of {device.name} ({subject.others}):"
+        f" end them, or plan for at most {left}",
+        None,
+    )
 
 
 def _check_found(task: Task, found: Found, trials: Trials) -> None:

@@ -5,13 +5,15 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+import samples
 from conftest import Pipes
 from optuna.storages.journal import JournalFileBackend
-from samples import measurement
+from samples import GIB, measurement
 
 from autofit import probe
 from autofit.planner import Effort, Goal, Interrupted, Listener, Planned, find_plan, workload_for
@@ -214,6 +216,21 @@ class TestFindPlan:
         assert planned.profile.plan.fidelity is Fidelity.EXACT
         assert {a.plan.fidelity for a in planned.attempts} == {Fidelity.EXACT}
 
+    def test_a_card_that_others_fill_is_said_before_any_trial(
+        self, subject: Subject, home: Path
+    ) -> None:
+        card = samples.device(total_bytes=24 * GIB)
+        held = dataclasses.replace(
+            subject, device=card, others_bytes=4 * GIB, others="Xorg (812) 4.00 GiB"
+        )
+        goal = dataclasses.replace(GOAL, budget="22GiB")
+        with pytest.raises(NothingFits) as raised:
+            find_plan(SimpleNamespace(subject=held), goal, SHORT)  # type: ignore[arg-type]
+        assert str(raised.value) == (
+            "budget 22.00 GiB: others hold 4.00 GiB of NVIDIA H200 (Xorg (812) 4.00 GiB): end them,"
+            " or plan for at most 20.00 GiB"
+        )
+
     def test_nothing_fits_names_a_budget_that_does(self, pipes: Pipes, home: Path) -> None:
         measurer = InProcess(pipes["tiny-sd"], "cpu")
         with pytest.raises(NothingFits) as raised:
@@ -327,11 +344,18 @@ class TestVerification:
         assert planned.profile.measured.image_s == 0.95
         assert len(planned.profile.plan.techniques) == 1
 
-    def test_none_passes(self, subject: Subject, home: Path) -> None:
+    @pytest.mark.parametrize(
+        ("why", "said"),
+        [
+            (Why.HANG, r"not the whole run: as told$"),
+            (Why.OUT_OF_MEMORY, r"not the whole run: as told; try a budget a little larger$"),
+        ],
+    )
+    def test_none_passes(self, why: Why, said: str, subject: Subject, home: Path) -> None:
         def outcome(request: Request) -> Outcome:
-            return Failure(Why.HANG, "no answer") if request.full else _by_technique(request)
+            return Failure(why, "as told") if request.full else _by_technique(request)
 
-        with pytest.raises(NothingFits, match=r"not the whole run: no answer; try a budget"):
+        with pytest.raises(NothingFits, match=said):
             find_plan(Scripted(subject, outcome), GOAL, SHORT)
 
 

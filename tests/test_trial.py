@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import samples
 import torch
@@ -25,6 +26,7 @@ from autofit.techniques import KINDS
 from autofit.trial import InProcess, Job, Request, Worker
 from autofit.trial.cap import Outside
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
+from autofit.trial.reference import Reference
 
 RESIDENT = Plan((KINDS["resident"](),))
 HALF = Plan((KINDS["half_precision"]("bfloat16"), KINDS["resident"]()))
@@ -210,6 +212,63 @@ class TestInProcess:
             outcome = measurer.measure(Request(RESIDENT, SMALL, None))
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.BAD_OUTPUT
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_an_image_far_from_the_reference_is_a_failure(
+        self, full: bool, measurer: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image, decode = tmp_path / "reference.npz", measurer.pipe.vae.decode
+        measurer.measure(Request(RESIDENT, SMALL, None, output=image))
+        with monkeypatch.context() as patch:
+            other = lambda *a, **k: tuple(x.flip(-1) for x in decode(*a, **k))  # noqa: E731
+            patch.setitem(measurer.pipe.vae.__dict__, "decode", other)
+            outcome = measurer.measure(Request(RESIDENT, SMALL, None, full=full, reference=image))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.BAD_OUTPUT
+        assert outcome.detail.startswith("its image is ")
+        assert outcome.detail.endswith(" of resident; exact plans come within 45 dB")
+
+    def test_a_verified_plan_is_compared_too(self, measurer: InProcess, tmp_path: Path) -> None:
+        image = tmp_path / "reference.npz"
+        measurer.measure(Request(RESIDENT, replace(SMALL, steps=3), None, output=image))
+        outcome = measurer.measure(Request(HALF, SMALL, None, full=True, reference=image))
+        assert isinstance(outcome, Measurement)
+        assert outcome.verified
+        assert outcome.reference == "resident"
+        assert outcome.psnr_db is not None
+        assert 25 < outcome.psnr_db < 99
+
+
+class TestReference:
+    IMAGE = np.zeros((1, 8, 8, 3), dtype=np.uint8)
+
+    def test_the_less_faithful_of_two_plans_sets_the_bar(self) -> None:
+        tiled = Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
+        exact, lossy = (Reference.of(self.IMAGE, 4, plan) for plan in (RESIDENT, tiled))
+        assert exact.refusal(44.9, RESIDENT) is not None
+        assert exact.refusal(45.0, RESIDENT) is None
+        assert exact.refusal(25.0, HALF) is None
+        assert exact.refusal(24.9, HALF) is not None
+        assert exact.refusal(15.0, tiled) is None
+        assert lossy.refusal(15.0, RESIDENT) is None
+        assert lossy.refusal(14.9, HALF) is not None
+        assert exact.refusal(None, RESIDENT) is None  # images of other sizes
+
+    def test_comes_back_from_its_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "reference.npz"
+        Reference.of(self.IMAGE, 4, HALF).save(path)
+        found = Reference.load(path)
+        assert found is not None
+        assert np.array_equal(found.image, self.IMAGE)
+        assert (found.steps, found.plan) == (4, HALF.label)
+        assert found.fidelity is HALF.fidelity
+
+    def test_one_that_does_not_say_how_faithful_it_is_may_be_lossy(self, tmp_path: Path) -> None:
+        path = tmp_path / "reference.npz"
+        np.savez_compressed(path, image=self.IMAGE, steps=4, plan="resident")
+        found = Reference.load(path)
+        assert found is not None
+        assert found.refusal(15.0, RESIDENT) is None
 
 
 class TestOutside:

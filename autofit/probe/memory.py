@@ -12,6 +12,7 @@ import pynvml
 import torch
 
 from autofit import host
+from autofit.units import format_bytes
 
 # Where neither NVML nor a fresh context can tell: an H200 with CUDA 13.0 holds 0.514 GiB before the
 # first tensor (measured), smaller cards less.
@@ -58,6 +59,12 @@ def holders(device: torch.device) -> list[tuple[str, int]]:
         return []
     others = [(p.pid, p.usedGpuMemory or 0) for p in running if p.pid != os.getpid()]
     return [(_named(pid), held) for pid, held in sorted(others, key=lambda o: -o[1])]
+
+
+def holders_text(device: torch.device) -> str:
+    """The other processes on the card and what each holds, for a reader."""
+    found = [f"{name} {format_bytes(held)}" for name, held in holders(device)]
+    return ", ".join(found) or "the driver does not say who"
 
 
 def _named(pid: int) -> str:

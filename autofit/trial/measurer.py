@@ -36,10 +36,17 @@ HANG_S = 900.0  # a trial without an answer for this long is taken for hung
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned for: the facts of the pipe and of the device."""
+    """What is planned for: the facts of the pipe and of the device, and what others hold of it."""
 
     pipeline: Pipeline
     device: Device
+    others_bytes: int = 0
+    others: str = ""  # who they are, as far as the driver says
+
+
+def subject_of(pipe: Any, device: Device, outside: Outside) -> Subject:
+    others = memory.holders_text(outside.device) if outside.others_bytes else ""
+    return Subject(probe.facts(pipe), device, outside.others_bytes, others)
 
 
 class Measurer(Protocol):
@@ -60,8 +67,9 @@ class InProcess:
         self.pipe = pipe
         self.device = probe.device_named(device)
         before_bytes = memory.before_context(self.device)  # the probe makes the context
-        self.subject = Subject(probe.facts(pipe), probe.probe_device(device))
-        self._outside = Outside.of(self.device, self.subject.device, before_bytes)
+        facts = probe.probe_device(device)
+        self._outside = Outside.of(self.device, facts, before_bytes)
+        self.subject = subject_of(pipe, facts, self._outside)
 
     def measure(self, request: Request) -> Outcome:
         return measure(self.pipe, request, self._outside)

@@ -169,10 +169,7 @@ class _Trial:
             later_s = statistics.median(step_s[1:] or step_s)
             calls = _scheduler_calls(self.request.workload.steps, warm, run)
             image_s = run.meter.encode_s + step_s[0] + (calls - 1) * later_s + run.meter.decode_s
-            if self.reference is not None and self.reference.steps != run.steps:
-                # another number of steps makes another image
-                run = replace(run, images=self._generate(self.reference.steps).images)
-            return self._judged(run, image_s, warmup_s)
+            return self._judged(self._comparable(run), image_s, warmup_s)
 
     def _track(self) -> None:
         """Follow tensor memory through one step, on the CPU, where no allocator counts it.
@@ -186,7 +183,15 @@ class _Trial:
     def _verify(self, warmup_s: float) -> Outcome:
         runs = [self._generate(self.request.workload.steps) for _ in range(2)]
         runs_s = tuple(run.seconds for run in runs)
-        return self._judged(runs[-1], statistics.mean(runs_s), warmup_s, runs_s)
+        if unusable := _unusable(runs[-1].images):
+            return unusable
+        return self._judged(self._comparable(runs[-1]), statistics.mean(runs_s), warmup_s, runs_s)
+
+    def _comparable(self, run: _Run) -> _Run:
+        """With the image of as many steps as the reference: another number makes another one."""
+        if self.reference is None or self.reference.steps == run.steps:
+            return run
+        return replace(run, images=self._generate(self.reference.steps).images)
 
     def _steps(self, warm: Meter) -> int:
         low, high = TRIAL_STEPS
@@ -222,18 +227,19 @@ class _Trial:
         """What a generation comes to. A short one over the cap is a measurement all the same: it
         shows what is to be set aside, where a whole one has failed its purpose."""
         request, meter = self.request, run.meter
-        pixels = np.asarray(run.images)
-        if not np.isfinite(pixels).all() or pixels.std() == 0.0:
-            return Failure(Why.BAD_OUTPUT, "the image is not finite, or one flat colour")
+        if unusable := _unusable(run.images):
+            return unusable
         peak_bytes = max(m.reserved_bytes for m in self.meters) + self.outside.held_bytes()
         if request.full and request.cap_bytes is not None and peak_bytes > request.cap_bytes:
             detail = "what is not torch's grew beyond what was set aside for it"
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
-        image = (pixels * 255).round().astype(np.uint8)
+        image = (np.asarray(run.images) * 255).round().astype(np.uint8)
         if request.output is not None:
-            self.reference = Reference(image, run.steps, request.plan.label)
+            self.reference = Reference.of(image, run.steps, request.plan)
             self.reference.save(request.output)
         psnr_db = self.reference.psnr_db(image) if self.reference else None
+        if self.reference and (refusal := self.reference.refusal(psnr_db, request.plan)):
+            return Failure(Why.BAD_OUTPUT, refusal)
         return Measurement(
             image_s=image_s,
             peak_bytes=peak_bytes,
@@ -259,6 +265,13 @@ class _Trial:
         if self.device.type == "cuda":  # the phase's highest: the plan is undone by now
             needed += torch.cuda.max_memory_allocated(self.device) + self.outside.held_bytes()
         return Failure(Why.OUT_OF_MEMORY, _one_line(error), self.phase, needed or None)
+
+
+def _unusable(images: Any) -> Failure | None:
+    pixels = np.asarray(images)
+    if np.isfinite(pixels).all() and pixels.std() > 0.0:
+        return None
+    return Failure(Why.BAD_OUTPUT, "the image is not finite, or one flat colour")
 
 
 def _scheduler_calls(steps: int, first: _Run, second: _Run) -> int:

@@ -14,7 +14,7 @@ from autofit import architectures, probe
 from autofit.probe import memory
 from autofit.spec import BadInput
 from autofit.trial.cap import Outside
-from autofit.trial.measurer import Job, Subject
+from autofit.trial.measurer import Job, subject_of
 from autofit.trial.run import Request, measure
 
 
@@ -26,11 +26,11 @@ def serve(connection: Connection) -> None:
         before_bytes = memory.before_context(torch_device)
         device = probe.probe_device(job.device)  # first: it measures the context by making it
         pipe = architectures.load(job.model, dtype=job.dtype)
-        subject = Subject(probe.facts(pipe), device)
+        outside = Outside.of(torch_device, device, before_bytes)
+        subject = subject_of(pipe, device, outside)
     except BadInput as error:
         connection.send(str(error))
         return
-    outside = Outside.of(torch_device, device, before_bytes)
     connection.send(subject)
     while True:
         try:
