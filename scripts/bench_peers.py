@@ -19,6 +19,8 @@ import functools
 import itertools
 import json
 import os
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,6 +105,7 @@ class Options:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the child that runs is ended too
     given = parsed()
     options = Options(given.device, given.limit, given.search, given.plans)
     start, left = time.monotonic(), []

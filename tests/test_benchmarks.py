@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import samples
 
 from autofit import probe, store
 from autofit.architectures import build
-from autofit.spec import Plan
+from autofit.spec import Plan, Workload
 from autofit.techniques.streamed import Streamed
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -93,7 +95,11 @@ def test_contenders_that_run_and_one_that_cannot_are_lines(tmp_path: Path) -> No
 
 def test_a_plan_that_is_there_is_not_searched_for_again(tmp_path: Path) -> None:
     plan = Plan((Streamed(weights_bytes=2_000_000),))
-    known = samples.profile(plan=plan, fingerprint=probe.fingerprint(build("tiny-sd")))
+    known = samples.profile(
+        plan=plan,
+        fingerprint=probe.fingerprint(build("tiny-sd")),
+        workload=Workload(64, 64, 4, passes=2),  # whole generations of it verify the plan here
+    )
     store.save(known, tmp_path / f"{CASE}-autofit.yaml")
     asked = ("--only", CASE, "--contenders", "autofit", "--plans", str(tmp_path))
     floor, ours = run(tmp_path, *asked)
@@ -197,3 +203,19 @@ def test_the_limit_is_compute_or_the_bus(
     assert found["limit"]["streamed_bytes"] == streamed
     assert found["limit"]["encoder_streamed_bytes"] == late
     assert found["limit_s"] == pytest.approx(limit_s)
+
+
+def test_a_benchmark_that_is_ended_ends_its_child(tmp_path: Path) -> None:
+    """Which holds a card and a model's weights in page-locked memory."""
+    command = [sys.executable, SCRIPTS / "bench_peers.py", "--out", tmp_path, "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("== tiny-sd: built"))
+        until = time.monotonic() + 60
+        while not (children := psutil.Process(process.pid).children()):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+    assert not any(child.is_running() for child in children)
