@@ -34,7 +34,6 @@ Json = Annotated[bool, typer.Option("--json", help="Write the result as JSON to 
 Dtype = Annotated[
     str | None, typer.Option(help="Load the weights as float32, float16 or bfloat16.")
 ]
-
 Fidelity = Annotated[
     str, typer.Option(help="The least faithful plan allowed: exact, numeric or lossy.")
 ]
@@ -44,6 +43,7 @@ Images = Annotated[
 Storage = Annotated[
     str | None, typer.Option(help="Optuna storage URL; a journal in the user folder if none.")
 ]
+HostRam = Annotated[str | None, typer.Option(help="Host memory at most, as 16GB.")]
 
 
 @app.command()
@@ -58,6 +58,7 @@ def plan(
     steps: Annotated[str | None, typer.Option(help="Denoising steps.")] = None,
     frames: Annotated[str, typer.Option(help="Frames, of a video pipeline.")] = "1",
     fidelity: Fidelity = "lossy",
+    host_ram: HostRam = None,
     device: Device = None,
     dtype: Dtype = None,
     trials: Annotated[str, typer.Option(help="At most this many trials.")] = "40",
@@ -96,8 +97,10 @@ def plan(
             steps=_count("steps", steps) if steps is not None else None,
             frames=_count("frames", frames),
             fidelity=fidelity,
+            host_ram=host_ram,
         )
 
+    _check_folder(output)
     if dry_run or gpu is not None or budgets is not None or sizes is not None:
         from autofit import predicting
 
@@ -107,7 +110,6 @@ def plan(
             sizes=_either("size", size, sizes),
             is_table=budgets is not None or sizes is not None,
         )
-        _check_folder(output)
         predicting.predict(model, asked, gpu, device, dtype, output, as_json)
         return
     from autofit import commands, planner
@@ -120,9 +122,7 @@ def plan(
         storage=storage,
         fresh=fresh,
     )
-    _check_folder(output)
-    count = _count("workers", workers)
-    commands.plan(model, goal, effort, device, dtype, output, as_json, count)
+    commands.plan(model, goal, effort, device, dtype, output, as_json, _count("workers", workers))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from autofit import architectures, gpus, outlook, report, session, store, tables, team
+from autofit import architectures, gpus, host, outlook, report, session, store, tables, team
 from autofit.foresight import Foresight
 from autofit.goals import Goal
 from autofit.planner import RESUMES, Effort, Interrupted, Listener, Planned, find_plan
@@ -41,9 +42,11 @@ def plan(
     device_named(target)
     others = team.devices(target, workers)[1:]
     start = time.monotonic()
-    helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
+    granted = partial(host.granted, goal.host_ram_bytes)  # for the processes that are started
+    with granted():
+        helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
-        with _watched(console, goal) as listener, closing(helpers):
+        with granted(), _watched(console, goal) as listener, closing(helpers):
             listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
             foresight = Foresight(model, goal, target, dtype)
             with session.measuring(model, target, dtype) as measurer:

@@ -106,6 +106,15 @@ def outside_bytes(device: Device) -> int:
     return device.context_bytes + LIBRARIES_BYTES if device.kind == "cuda" else 0
 
 
+def host_bytes(plan: Plan, pipeline: Pipeline) -> int:
+    """Host memory for weights: as loaded (memory-mapped or not, once), those that a precision
+    casts again, since the undo needs both, and what the placement has there twice."""
+    facts = plan.facts(pipeline)
+    pairs = zip(pipeline.components, facts.components, strict=True)
+    cast_bytes = sum(new.weight_bytes for old, new in pairs if new.dtype != old.dtype)
+    return pipeline.weight_bytes + cast_bytes + plan.placement.copied_bytes(facts)
+
+
 # ---------------------------------------------------------------- plans that the budget completes
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from autofit import cost, limits, roofline
+from autofit import cost, host_budget, limits, roofline
 from autofit.dryrun import DryRun
 from autofit.roofline import PhaseFacts
 from autofit.spec import (
@@ -84,9 +84,14 @@ class Forecaster:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """All legal plans as faithful as ``worst`` whose techniques can be predicted."""
-        found = legal_plans(self._pipeline, self._device, self._workload, self._worst)
-        return tuple(p for p in found if all(t.slot in PREDICTED for t in p.techniques))
+        """All legal plans as faithful as ``worst`` whose techniques can be predicted.
+
+        Raises:
+            NothingFits: none stays within the host's memory.
+        """
+        legal = legal_plans(self._pipeline, self._device, self._workload, self._worst)
+        known = [p for p in legal if all(t.slot in PREDICTED for t in p.techniques)]
+        return host_budget.divided(known, self._pipeline, self._device)[0]
 
     @cached_property
     def smallest_bytes(self) -> int:

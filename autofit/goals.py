@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autofit import architectures
-from autofit.spec import BadInput, Fidelity, NothingFits, Pipeline, Workload
+from autofit.spec import BadInput, Device, Fidelity, NothingFits, Pipeline, Workload
 from autofit.units import format_bytes, parse_size
 
 SUGGESTION = 1.02  # on the smallest peak, so that what we suggest works: above cost.MARGIN
@@ -14,7 +14,8 @@ SUGGESTION = 1.02  # on the smallest peak, so that what we suggest works: above 
 
 @dataclass(frozen=True)
 class Goal:
-    """What to plan for, as the caller said it; None takes the model's own default.
+    """What to plan for, as the caller said it; None takes the model's own default, and of host
+    memory all that this process may use.
 
     Raises:
         BadInput: a value that no model could make; that is found out before one is loaded.
@@ -26,9 +27,12 @@ class Goal:
     steps: int | None = None
     frames: int = 1
     fidelity: str = "lossy"
+    host_ram: str | int | None = None
 
     def __post_init__(self) -> None:
-        _budget_bytes(self.budget)
+        _size_bytes("budget", self.budget)
+        if self.host_ram is not None:
+            _size_bytes("host_ram", self.host_ram)
         fidelity_named(self.fidelity)
         if self.size is not None and len(self.size) != 2:
             raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
@@ -39,7 +43,17 @@ class Goal:
 
     @property
     def budget_bytes(self) -> int:
-        return _budget_bytes(self.budget)
+        return _size_bytes("budget", self.budget)
+
+    @property
+    def host_ram_bytes(self) -> int | None:
+        return None if self.host_ram is None else _size_bytes("host_ram", self.host_ram)
+
+    def hosted(self, device: Device) -> Device:
+        """The device with no more host memory than is asked for."""
+        if self.host_ram_bytes is None or self.host_ram_bytes >= device.host_limit_bytes:
+            return device
+        return replace(device, host_limit_bytes=self.host_ram_bytes)
 
 
 def workload_for(pipeline: Pipeline, goal: Goal, defaults: str | None = None) -> Workload:
@@ -82,11 +96,11 @@ def fidelity_named(text: str) -> Fidelity:
         raise BadInput(f"fidelity {text!r}: one of {known}") from None
 
 
-def _budget_bytes(budget: str | int) -> int:
-    if isinstance(budget, str):
-        return parse_size(budget)
-    if not isinstance(budget, int):
-        raise BadInput(f"budget {budget!r}: give a text such as '8GB', or whole bytes")
-    if budget <= 0:
-        raise BadInput(f"budget {budget} bytes is not above zero; write for example '8GB'")
-    return budget
+def _size_bytes(name: str, size: str | int) -> int:
+    if isinstance(size, str):
+        return parse_size(size)
+    if not isinstance(size, int):
+        raise BadInput(f"{name} {size!r}: give a text such as '8GB', or whole bytes")
+    if size <= 0:
+        raise BadInput(f"{name} {size} bytes is not above zero; write for example '8GB'")
+    return size

@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
 import psutil
 
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+GROUPS = Path("/proc/self/cgroup")
+MOUNT = Path("/sys/fs/cgroup")
+# In a container the groups' paths may be those of its host, and its own group is the mount's root.
+ROOTS = ("0::/", "0:memory:/")
+GRANT = "AUTOFIT_HOST_BYTES"  # of the environment, so that workers have it too
 PINNABLE_SHARE = 0.8  # page-locked memory cannot be reclaimed: something must be left that can
 
 
 def limit_bytes() -> int:
-    """The machine's memory, or the cgroup's limit where lower."""
-    limits = [psutil.virtual_memory().total]
-    for path in CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # no such cgroup version, or "max"
-            limits.append(int(path.read_text()))
+    """The machine's memory, the limit of a cgroup or what is ``granted``: the lowest."""
+    limits = [machine_bytes()]
+    with suppress(KeyError, ValueError):
+        limits.append(int(os.environ[GRANT]))
     return min(limits)
+
+
+def machine_bytes(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
+    """The machine's memory, or the lowest limit of this process's cgroup and those around it."""
+    return min([psutil.virtual_memory().total, *_limits_bytes(groups, mount)])
+
+
+@contextmanager
+def granted(size_bytes: int | None) -> Iterator[None]:
+    """Inside, ``limit_bytes`` is at most this, here and in processes that are started here; None
+    changes nothing."""
+    before = os.environ.get(GRANT)
+    if size_bytes is not None:
+        os.environ[GRANT] = str(size_bytes)
+    try:
+        yield
+    finally:
+        os.environ.pop(GRANT, None)
+        if before is not None:
+            os.environ[GRANT] = before
 
 
 def pinnable_bytes(host_limit_bytes: int) -> int:
     """How much of it may be page-locked."""
     return int(PINNABLE_SHARE * host_limit_bytes)
+
+
+def _limits_bytes(groups: Path, mount: Path) -> list[int]:
+    lines = list(ROOTS)
+    with suppress(OSError):  # not Linux
+        lines += groups.read_text().splitlines()
+    found = []
+    for file in (file for line in lines for file in _files(line, mount)):
+        with suppress(OSError, ValueError):  # no such group here, or "max"
+            found.append(int(file.read_text()))
+    return found
+
+
+def _files(line: str, mount: Path) -> Iterator[Path]:
+    """Where the limits of a group, and of all around it, are: ``0::/a/b`` of version 2 and
+    ``4:memory:/a/b`` of version 1."""
+    number, controllers, path = line.split(":", 2)
+    if number == "0" and not controllers:
+        roots, name = [mount, mount / "unified"], "memory.max"
+    elif "memory" in controllers.split(","):
+        roots, name = [mount / "memory"], "memory.limit_in_bytes"
+    else:
+        return
+    group = PurePosixPath(path.lstrip("/"))
+    inside = ".." not in group.parts  # else the group is not below this namespace's root
+    for part in (group, *group.parents) if inside else ():
+        yield from (root / part / name for root in roots)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from autofit import cost, limits, studies, techniques
+from autofit import cost, host_budget, limits, studies, techniques
 from autofit.budgeted import Trials
 from autofit.goals import Goal, fidelity_named, too_little, workload_for
 from autofit.match import environment
@@ -22,6 +22,7 @@ from autofit.spec import (
     Measurement,
     NothingFits,
     Part,
+    Plan,
     Profile,
     Rung,
     Technique,
@@ -82,7 +83,7 @@ class Planned:
 
     profile: Profile
     attempts: tuple[Attempt, ...]
-    ruled_out: tuple[tuple[Technique, str], ...]
+    ruled_out: tuple[tuple[Technique | Plan, str], ...]
     subject: Subject
 
     @property
@@ -105,7 +106,7 @@ def find_plan(
     """Search and verify. ``defaults`` names a built-in model whose size and steps are taken.
     ``foresee`` says of a task what is known of each phase before a trial; ``helped`` is entered
     while the study is searched, for others to search it too."""
-    task, trials, searched = _begun(measurer, goal, effort, defaults, foresee)
+    task, unhosted, trials, searched = _begun(measurer, goal, effort, defaults, foresee)
     pipeline, device, workload = task.pipeline, task.device, task.workload
     listener.stage(f"{len(task.plans)} legal plans for {pipeline.cls} on {device.name}")
     with helped or nullcontext():
@@ -116,7 +117,8 @@ def find_plan(
     profile = _profile(task, winner, found.attempts)
     options = techniques.options(pipeline, device, workload)
     ruled_out = tuple((t, why) for t, why in options if why)
-    return Planned(profile, found.attempts, ruled_out, measurer.subject)
+    subject = replace(measurer.subject, device=device)
+    return Planned(profile, found.attempts, (*ruled_out, *unhosted), subject)
 
 
 def help_search(
@@ -129,12 +131,14 @@ def help_search(
 
 def _begun(
     measurer: Measurer, goal: Goal, effort: Effort, defaults: str | None, foresee: Foresee
-) -> tuple[Task, Trials, Callable[..., Found]]:
-    """What is searched for, who measures it, and the search itself, its study opened."""
-    pipeline, device = measurer.subject.pipeline, measurer.subject.device
+) -> tuple[Task, host_budget.RuledOut, Trials, Callable[..., Found]]:
+    """What is searched for, and what the host's memory rules out; who measures it, and the search
+    itself, its study opened."""
+    pipeline, device = measurer.subject.pipeline, goal.hosted(measurer.subject.device)
     _check_room(measurer.subject, goal.budget_bytes)
     workload = workload_for(pipeline, goal, defaults)
-    plans = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
+    legal = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
+    plans, unhosted = host_budget.divided(legal, pipeline, device)
     task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
     task = replace(task, basis=foresee(task))
     name = _study_name(task, goal)
@@ -148,7 +152,7 @@ def _begun(
         storage=studies.storage(effort.storage, name, fresh=effort.fresh),
         name=name,
     )
-    return task, trials, searched
+    return task, unhosted, trials, searched
 
 
 def _check_room(subject: Subject, budget_bytes: int) -> None:
@@ -219,6 +223,7 @@ def _study_name(task: Task, goal: Goal) -> str:
     facts = (
         task.pipeline.fingerprint, task.workload, task.budget_bytes, goal.fidelity, task.images,
         task.device.name, task.device.total_bytes, sorted(task.device.versions.items()),
+        goal.host_ram_bytes,  # not the machine's: hosts that differ in it may share a study
         [plan.label for plan in task.plans],  # a compiler installed since makes more of them
     )  # fmt: skip
     return f"{task.pipeline.cls}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autofit import outlook
 from autofit.goals import Goal
+from autofit.spec import Device
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def predict(
     card = outlook.card(gpu, device)
     whole_bytes = outlook.whole_card_bytes(gpu, card)
     goals = [asked.goal(b or whole_bytes, s) for s in asked.sizes for b in asked.budgets]
-    found = outlook.outlooks(model, goals, card, dtype)
+    found = outlook.outlooks(model, goals, _hosted(card, goals[0], gpu), dtype)
     if asked.is_table:
         if as_json:
             print(json.dumps([outlook.document(o) for o in found], indent=2))
@@ -53,3 +54,11 @@ def predict(
         print(json.dumps(outlook.document(found[0]), indent=2))
     else:
         print(outlook.lines(found[0], forecast))
+
+
+def _hosted(card: Device, goal: Goal, gpu: str | None) -> Device:
+    """With the host memory that is asked for; where that of a table's card is assumed, with more
+    too."""
+    if gpu is not None and goal.host_ram_bytes is not None:
+        return replace(card, host_limit_bytes=goal.host_ram_bytes)
+    return goal.hosted(card)

@@ -185,7 +185,7 @@ def device_json(device: Device) -> str:
 
 def why_json(
     attempts: Sequence[Attempt],
-    ruled_out: Sequence[tuple[Technique, str]],
+    ruled_out: Sequence[tuple[Technique | Plan, str]],
     limit_s: float | None = None,
 ) -> dict[str, Any]:
     """Lay out why a plan won: what was tried, and what could not be or would have done nothing.

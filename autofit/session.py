@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autofit import anatomy, probe, report, store, trust
+from autofit import anatomy, host, host_budget, probe, report, store, trust
 from autofit.applied import Applied, parked
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
@@ -37,19 +37,23 @@ def plan(
     steps: int | None = None,
     device: str | None = None,
     fidelity: str = "lossy",
+    host_ram: str | int | None = None,
     effort: Effort = _EFFORT,
 ) -> Profile:
     """Find, verify and store the fastest plan within the budget.
 
     ``model`` is a pipe (trials run on it, in this process, and leave it as found) or a name, folder
-    or Hub id (trials run in a worker process). ``size`` is (width, height) in pixels.
+    or Hub id (trials run in a worker process). ``size`` is (width, height) in pixels. ``host_ram``
+    bounds host memory, as "16GB"; so do the machine's and its cgroups' limits.
 
     Raises:
         BadInput: a value that cannot be.
-        NothingFits: no plan stays within the budget; ``smallest_bytes`` is what would do.
+        NothingFits: no plan stays within the budget; ``smallest_bytes`` is what would do. Or none
+            stays within the host's memory.
     """
-    goal = Goal(budget, size, batch, steps, fidelity=fidelity)
-    with measuring(model, device or default_device()) as measurer:
+    goal = Goal(budget, size, batch, steps, fidelity=fidelity, host_ram=host_ram)
+    target = device or default_device()
+    with host.granted(goal.host_ram_bytes), measuring(model, target) as measurer:
         defaults = model if isinstance(model, str) else None
         planned = find_plan(measurer, goal, effort, defaults=defaults)
     keep(planned)
@@ -73,6 +77,7 @@ def apply(
     profile: Profile | str | Path | None = None,
     device: str | None = None,
     fidelity: str = "lossy",
+    host_ram: str | int | None = None,
     effort: Effort = _EFFORT,
     verify: bool = True,
     enforce: bool = True,
@@ -91,25 +96,31 @@ def apply(
     that runs out of memory begins again, with the same generators, by the profile's next leaner
     plan, and so do the calls after it.
 
+    ``host_ram`` bounds host memory, as in ``plan``; a profile whose plan needs more does not hold.
+
     Raises:
         BadInput: neither budget nor profile, or a profile of another pipeline, or none of whose
             plans holds on this device.
-        NothingFits: no plan stays within the budget, or others hold too much of the card.
+        NothingFits: no plan stays within the budget, or within the host's memory, or others hold
+            too much of the card.
     """
     if (budget is None) == (profile is None):
         raise BadInput('apply needs one of budget="8GB" and profile="file.yaml"')
     _check_untouched(pipe)
     target = device or default_device()
-    if budget is not None:
-        goal = Goal(budget, size, batch, steps, fidelity=fidelity)
-        trusted = _stored_or_planned(pipe, target, goal, effort)
-    else:
-        assert profile is not None
-        profile = profile if isinstance(profile, Profile) else store.load(profile)
-        ask = _ask(pipe, target, profile.workload, profile.budget_bytes)
-        trusted = trust.given(profile, ask if verify else replace(ask, measuring=None))
-    _log.info("%s", trusted.match)
-    return Applied(pipe, trusted, target, enforce=enforce)
+    if profile is not None and not isinstance(profile, Profile):
+        profile = store.load(profile)
+    asked = budget if profile is None else profile.budget_bytes
+    assert asked is not None
+    goal = Goal(asked, size, batch, steps, fidelity=fidelity, host_ram=host_ram)
+    with host.granted(goal.host_ram_bytes):
+        if profile is None:
+            trusted = _stored_or_planned(pipe, target, goal, effort)
+        else:
+            ask = _ask(pipe, target, profile.workload, goal)
+            trusted = trust.given(profile, ask if verify else replace(ask, measuring=None))
+        _log.info("%s", trusted.match)
+        return Applied(pipe, trusted, target, enforce=enforce)
 
 
 def default_device() -> str:
@@ -167,7 +178,7 @@ def save_images(images: list[Any], path: Path) -> list[Path]:
 
 def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Trusted:
     workload = workload_for(probe.facts(pipe), goal)
-    ask = _ask(pipe, device, workload, goal.budget_bytes)
+    ask = _ask(pipe, device, workload, goal)
     trusted = trust.stored(ask, fidelity_named(goal.fidelity))
     if trusted is not None:
         return trusted
@@ -177,12 +188,23 @@ def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Tr
     return Trusted(planned.profile, Match(Level.SAME, "planned here"))
 
 
-def _ask(pipe: Any, device: str, workload: Workload, budget_bytes: int) -> Ask:
-    return Ask(
+class _Hosted(Ask):
+    """An ask that nothing matches which the host's memory does not hold."""
+
+    def match(self, profile: Profile) -> Match:
+        found = super().match(profile)
+        reason = None
+        if found.level.is_usable:  # else its facts may be of another pipeline
+            reason = host_budget.why_not(profile.plan, self.pipeline, self.device)
+        return found if reason is None else Match(Level.NONE, f"its plan {reason}")
+
+
+def _ask(pipe: Any, device: str, workload: Workload, goal: Goal) -> Ask:
+    return _Hosted(
         probe.facts(pipe),
-        probe.probe_device(device),
+        goal.hosted(probe.probe_device(device)),
         workload,
-        budget_bytes,
+        goal.budget_bytes,
         partial(measuring, pipe, device),
     )
 

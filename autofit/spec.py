@@ -97,7 +97,7 @@ class Device:
     total_bytes: int
     capability: tuple[int, int] | None
     context_bytes: int  # what the process holds on the card before torch's first tensor
-    host_limit_bytes: int  # host memory, the cgroup's limit included
+    host_limit_bytes: int  # host memory that may be used: cgroups' limits and --host-ram included
     pinned_bytes_s: float  # host to device
     pageable_bytes_s: float
     memory_bytes_s: float  # device memory, read plus written
@@ -334,6 +334,15 @@ class Placement(Technique):
     @abstractmethod
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """Weight bytes moved in one run of this phase."""
+
+    def copied_bytes(self, pipeline: Pipeline) -> int:
+        """Weight bytes that are in host memory twice: the originals, held for the undo, and those
+        that came back from the device."""
+        return 0
+
+    def locked_bytes(self, pipeline: Pipeline) -> int:
+        """Weight bytes that it cannot do without page-locking."""
+        return 0
 
 
 @dataclass(frozen=True)

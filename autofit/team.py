@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -96,7 +97,8 @@ class _Member:
         """Kill it, with the worker that it started. Returns what it had died of, if by itself."""
         code = self._process.poll()
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # of what it died before it had read
+            self._process.stdin.close()
         if code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -109,11 +111,9 @@ class _Member:
 
     def _write(self, data: bytes) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has died, and ``end`` says of what
             self._process.stdin.write(data)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died, and ``end`` says of what
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ ROWS = (
     {"pinning"},
     {"streaming"},
     {"architectures", "techniques", "cost", "probe", "gpus"},
-    {"phases", "rooms", "goals", "limits", "match", "schema"},
+    {"phases", "rooms", "goals", "host_budget", "limits", "match", "schema"},
     {"surrogate", "formats"},
     {"sampler"},
     {"ledger"},

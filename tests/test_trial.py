@@ -355,7 +355,6 @@ class TestWorker:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert process.poll() == 1
-        worker.renew()
 
     def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
         with pytest.raises(BadInput, match="Did you mean tiny-sd"):

@@ -8,6 +8,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -38,7 +39,8 @@ _DEVICE = TypeAdapter(Device)
 def probe_device(device: str, *, fresh: bool = False) -> Device:
     """Measure a device ("cuda:0", "cpu") in a few seconds, or read what was measured before.
 
-    Cached by machine and versions in the user's cache folder (``$AUTOFIT_HOME`` if set).
+    Cached by machine and versions in the user's cache folder (``$AUTOFIT_HOME`` if set), but for
+    the host's limit: a cgroup's differs from process to process.
 
     Raises:
         BadInput: there is no such device.
@@ -48,7 +50,8 @@ def probe_device(device: str, *, fresh: bool = False) -> Device:
     cache = _cache_path(target)
     if not fresh and cache.exists():
         try:
-            return _DEVICE.validate_json(cache.read_bytes())
+            known = _DEVICE.validate_json(cache.read_bytes())
+            return replace(known, host_limit_bytes=host.machine_bytes())
         except ValidationError:
             pass  # written by another version of autofit: measured anew below
     found = _measure(target, before)
@@ -90,7 +93,7 @@ def _measure(device: torch.device, before_bytes: int | None) -> Device:
         total_bytes=memory.total_bytes(device),
         capability=torch.cuda.get_device_capability(device) if cuda else None,
         context_bytes=context_bytes,
-        host_limit_bytes=host.limit_bytes(),
+        host_limit_bytes=host.machine_bytes(),
         pinned_bytes_s=pinned_s,
         pageable_bytes_s=pageable_s,
         memory_bytes_s=copied_s,

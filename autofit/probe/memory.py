@@ -22,7 +22,7 @@ CONTEXT_BYTES = 560_000_000
 def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return host.limit_bytes()
+    return host.machine_bytes()
 
 
 def used_bytes(device: torch.device) -> int | None:

@@ -123,6 +123,14 @@ class GroupOffload(Placement):
         hooks = sum(self._groups(c) for c in moved) * runs(pipeline, phase)
         return Traffic(streamed, copied, copied, overlaps=streamed > 0, hooks=hooks)
 
+    def copied_bytes(self, pipeline: Pipeline) -> int:
+        """What is copied back: no stream moves it."""
+        return total_bytes(self._moved(pipeline)) - self.locked_bytes(pipeline)
+
+    def locked_bytes(self, pipeline: Pipeline) -> int:
+        """All that a stream moves: diffusers page-locks a copy of what is not page-locked."""
+        return sum(map(self._streamed_bytes, self._moved(pipeline)))
+
     def _groups(self, component: Component) -> int:
         if self.level == "block" and component.blocks:
             return 1 + sum(b.count for b in component.blocks)

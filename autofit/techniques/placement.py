@@ -106,6 +106,9 @@ class ModelOffload(Placement):
             return Traffic(pageable_bytes=vae_bytes, back_bytes=vae_bytes + denoiser_bytes)
         return Traffic()
 
+    def copied_bytes(self, pipeline: Pipeline) -> int:
+        return total_bytes(pipeline.of_role(Role.VAE))
+
 
 @dataclass(frozen=True)
 class SequentialOffload(Placement):
