@@ -177,5 +177,6 @@ def test_no_worse_than_the_tiles_of_diffusers(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_no_worse_than_the_default_of_diffusers_in_a_published_vae() -> None:
     assert_no_worse(vae((128, 256, 512, 512), 32), noise(1, 4, 96, 96), 64)
