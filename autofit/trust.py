@@ -27,6 +27,8 @@ from autofit.spec import (
 from autofit.trial import Measurer, Request
 from autofit.units import format_bytes, format_seconds
 
+MACHINES = 100  # of which a profile keeps what came of its plan: each is 1 to 3 KB of its 1 MiB
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -95,11 +97,11 @@ def tried(measurer: Measurer, plan: Plan, workload: Workload, budget_bytes: int)
 
 def with_evidence(profile: Profile, outcome: Outcome, on: Environment) -> Profile:
     """The profile with what came of its plan on a machine, in place of what had come of it there
-    before. An error's words are left out: they may hold a path."""
+    before; of ``MACHINES``, the latest. An error's words are left out: they may hold a path."""
     if isinstance(outcome, Failure):
         outcome = replace(outcome, detail="")
     others = (e for e in profile.evidence if e.on.machine != on.machine)
-    return replace(profile, evidence=(*others, Evidence(outcome, on)))
+    return replace(profile, evidence=(*others, Evidence(outcome, on))[-MACHINES:])
 
 
 def outcome_text(outcome: Outcome) -> str:

@@ -417,6 +417,18 @@ class TestEvidence:
         profile = trust.with_evidence(PROFILE, NO_MEMORY, change(ON))
         assert len(trust.with_evidence(profile, AGAIN, ON).evidence) == 2
 
+    def test_of_many_machines_the_latest_are_kept_and_the_file_can_be_read(
+        self, tmp_path: Path
+    ) -> None:
+        profile, count = PROFILE, trust.MACHINES + 3
+        for number in range(count):
+            on = replace(ON, versions=ON.versions | {"driver": str(number)})
+            profile = trust.with_evidence(profile, AGAIN, on)
+        kept = [evidence.on.versions["driver"] for evidence in profile.evidence]
+        assert kept == list(map(str, range(3, count)))
+        store.save(profile, tmp_path / "profile.yaml")
+        assert store.load(tmp_path / "profile.yaml") == profile
+
     @pytest.mark.parametrize(("outcome", "text"), [
         (AGAIN, "verified here: 1.25 s a generation, peak 6.00 GiB"),
         (NO_MEMORY, "verified here, it failed: out of memory in decode"),
