@@ -15,12 +15,13 @@ from autofit import anatomy, cost, probe, techniques
 from autofit.match import Match, needed_bytes
 from autofit.probe import memory
 from autofit.retrying import retrying
-from autofit.spec import Device, NothingFits, Plan, Profile
+from autofit.spec import Device, NothingFits, Pipeline, Plan, Profile
 from autofit.trial import is_out_of_memory, release
 from autofit.trial.cap import Outside, cap, capped
 from autofit.trust import Trusted
 from autofit.units import format_bytes
 
+NARROWER = 0.05  # of the budget
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +42,7 @@ class Applied:
         """
         self.profile, self.match, self.plan = trusted.profile, trusted.match, trusted.profile.plan
         self._pipe, self._target, self._device = pipe, device, torch.device(device)
-        self._leaner = deque(_leaner(self.profile))
+        self._leaner = deque(_leaner(self.profile, probe.facts(pipe)))
         self._budget = _Budget(self.profile, probe.probe_device(device), self._device, enforce)
         self._steps = ExitStack()  # of the plan
         with ExitStack() as stack:
@@ -94,9 +95,13 @@ class Applied:
             return
 
 
-def _leaner(profile: Profile) -> Iterator[Plan]:
-    """The profile's ladder, then the last of these plans with the fewest weights on the device."""
+def _leaner(profile: Profile, pipeline: Pipeline) -> Iterator[Plan]:
+    """The profile's plan with somewhat fewer weights on the device, where it can do with fewer, for
+    what is short is most often little. Then its ladder, and the last plan of it with the fewest."""
     plan = profile.plan
+    narrower = cost.narrowed(plan, pipeline, int(NARROWER * profile.budget_bytes))
+    if narrower is not None:
+        yield narrower
     for rung in profile.ladder:
         plan = rung.plan
         yield plan

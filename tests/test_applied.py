@@ -18,18 +18,21 @@ import samples
 import torch
 from conftest import Pipes
 from snapshots import differences, snapshot
+from worlds import SDXL
 
 import autofit
 from autofit import NothingFits, Plan, Profile, Workload, applied, probe
 from autofit.architectures import build
 from autofit.spec import Rung
 from autofit.techniques import KINDS
+from autofit.techniques.streamed import Streamed
 from autofit.trial.meter import HostTracker, tracked
 
 CPU = torch.device("cpu")
 RESIDENT, SLICED = KINDS["resident"](), KINDS["sliced_vae"]()
 WHOLE, LEAN = Plan((RESIDENT,)), Plan((SLICED, RESIDENT))
 NO_LEANER = Plan((KINDS["two_passes"](), RESIDENT))  # of what counts here, the decode
+TILED = KINDS["tiled_vae"](512, 0.125)
 BATCH = 4
 
 
@@ -152,13 +155,18 @@ def test_other_errors_are_the_callers(pipe: Any) -> None:
         assert found.plan == WHOLE
 
 
-def test_a_streamed_plan_ends_with_the_fewest_weights() -> None:
-    streamed = KINDS["streamed"](weights_bytes=10**9)  # type: ignore[call-arg]
-    plan, rung = Plan((streamed,)), Plan((KINDS["tiled_vae"](512, 0.125), streamed))
-    profile = samples.profile(plan=plan, ladder=(Rung(rung, samples.measurement()),))
-    opened = replace(rung, techniques=(rung.techniques[0], streamed.opened))
-    assert list(applied._leaner(profile)) == [rung, opened]
-    assert list(applied._leaner(samples.profile())) == []
+def test_a_streamed_plan_gives_up_some_weights_first_and_at_last_all_it_can() -> None:
+    streamed = Streamed(weights_bytes=3 * 10**9)
+    narrower, fewest = replace(streamed, weights_bytes=2_800_000_000), streamed.opened
+    plan, rung = Plan((streamed,)), Plan((TILED, streamed))
+    profile = samples.profile(
+        budget_bytes=4 * 10**9, plan=plan, ladder=(Rung(rung, samples.measurement()),)
+    )
+    leaner = list(applied._leaner(profile, SDXL))
+    assert [(p.techniques[:-1], p.placement) for p in leaner] == [
+        ((), narrower), ((TILED,), streamed), ((TILED,), fewest)
+    ]  # fmt: skip
+    assert list(applied._leaner(samples.profile(), SDXL)) == []
 
 
 def test_the_pipe_is_still_what_it_was_to_others(tmp_path: Path) -> None:
