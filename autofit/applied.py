@@ -6,18 +6,19 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from autofit import anatomy, cost, probe, techniques
+from autofit import anatomy, cost, host, host_budget, probe, techniques
 from autofit.match import Match, needed_bytes
 from autofit.probe import memory
 from autofit.retrying import retrying
-from autofit.spec import Device, NothingFits, Pipeline, Plan, Profile
-from autofit.trial import is_out_of_memory, release
-from autofit.trial.cap import Outside, cap, capped
+from autofit.spec import BadInput, Device, NothingFits, Pipeline, Plan, Profile
+from autofit.trial import release
+from autofit.trial.cap import Outside, capped
 from autofit.trust import Trusted
 from autofit.units import format_bytes
 
@@ -33,7 +34,15 @@ class Applied:
     match: Match
     plan: Plan
 
-    def __init__(self, pipe: Any, trusted: Trusted, device: str, *, enforce: bool = True) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        trusted: Trusted,
+        device: str,
+        *,
+        enforce: bool = True,
+        host_ram_bytes: int | None = None,
+    ) -> None:
         """With ``enforce`` the allocator is capped: what this process holds stays within the
         budget, and a call that needs more runs out of memory, and goes on by a leaner plan.
 
@@ -42,9 +51,18 @@ class Applied:
         """
         self.profile, self.match, self.plan = trusted.profile, trusted.match, trusted.profile.plan
         self._pipe, self._target, self._device = pipe, device, torch.device(device)
-        self._leaner = deque(_leaner(self.profile, probe.facts(pipe)))
-        self._budget = _Budget(self.profile, probe.probe_device(device), self._device, enforce)
+        self._host_ram_bytes = host_ram_bytes
+        facts, pipeline = probe.probe_device(device), probe.facts(pipe)
+        limit_bytes = min(facts.host_limit_bytes, host_ram_bytes or facts.host_limit_bytes)
+        hosted = replace(facts, host_limit_bytes=limit_bytes)
+        self._leaner = deque(
+            plan
+            for plan in _leaner(self.profile, pipeline)
+            if host_budget.why_not(plan, pipeline, hosted) is None
+        )
+        self._budget = _Budget(self.profile, facts, self._device, enforce)
         self._steps = ExitStack()  # of the plan
+        self._is_applied = True
         with ExitStack() as stack:
             stack.enter_context(parked(pipe))
             stack.enter_context(self._budget.kept())
@@ -73,6 +91,12 @@ class Applied:
     # What ``retrying`` asks
 
     def before_call(self) -> None:
+        """Also where a step down was cut short, and no plan is applied."""
+        if not self._is_applied:
+            if not self._leaner:
+                name = type(self._pipe).__name__
+                raise BadInput(f"{name}: none of its plans could be applied: call revert() on it")
+            self.step_down("a step down was cut short")
         self._budget.renew()
 
     def can_step_down(self) -> bool:
@@ -81,18 +105,28 @@ class Applied:
     def step_down(self, error: str) -> None:
         """Change to the next leaner plan that can be applied, for good."""
         reason = error.splitlines()[0] if error else "no reason given"
+        self._is_applied = False
+        self._steps.close()
+        release(self._device)
+        self.plan = self._next()
+        self._is_applied = True
+        _log.warning("out of memory (%s): from now on %s", reason, self.plan.label)
+
+    def _next(self) -> Plan:
         while True:
-            self.plan = self._leaner.popleft()
-            self._steps.close()
-            release(self._device)
+            plan = self._leaner[0]
             try:
-                self._steps.enter_context(techniques.applied(self.plan, self._pipe, self._target))
-            except Exception as failure:
-                if not is_out_of_memory(failure) or not self._leaner:
+                with host.granted(self._host_ram_bytes):
+                    applied = techniques.applied(plan, self._pipe, self._target)
+                    self._steps.enter_context(applied)
+            except Exception:
+                self._leaner.popleft()
+                if not self._leaner:
                     raise
+                release(self._device)
                 continue
-            _log.warning("out of memory (%s): from now on %s", reason, self.plan.label)
-            return
+            self._leaner.popleft()
+            return plan
 
 
 def _leaner(profile: Profile, pipeline: Pipeline) -> Iterator[Plan]:
@@ -125,13 +159,15 @@ class _Budget:
     def kept(self) -> Iterator[None]:
         if self._outside.device.type == "cuda":
             self._check_room()
-        with capped(self._outside, self._budget_bytes, self._aside_bytes):
+        with capped(self._outside, self._budget_bytes, self._aside_bytes) as self._renew:
             yield
 
     def renew(self) -> None:
-        """What is not the allocator's may have grown since the last call."""
-        if self._budget_bytes is not None:
-            cap(self._outside, self._budget_bytes, self._aside_bytes)
+        """What is not the allocator's may have grown since the last call. Where NVML does not see
+        this process, that cannot be told from what other processes have taken since."""
+        device = self._outside.device
+        if device.type == "cuda" and memory.own_bytes(device) is not None:
+            self._renew()
 
     def _check_room(self) -> None:
         device = self._outside.device
@@ -155,12 +191,11 @@ def parked(pipe: Any) -> Iterator[None]:
         name: next((t.device for _, _, t in anatomy.tensors(module)), torch.device("cpu"))
         for name, module in parts.items()
     }
-    try:
+    with ExitStack() as back:  # each, also where another one fails
+        for name, device in reversed(found.items()):
+            back.callback(parts[name].to, device)
         for module in parts.values():
             module.to("cpu")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         yield
-    finally:
-        for name, device in found.items():
-            parts[name].to(device)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_leaves
 
+from autofit.spec import BadInput
 from autofit.trial import is_out_of_memory
 
 _OWN = ("__module__", "__qualname__", "__doc__")  # what a class does not inherit
@@ -44,19 +45,30 @@ def retrying(pipe: Any, leaner: Leaner) -> Iterator[None]:
             try:
                 return found.__call__(self, *args, **kwargs)
             except Exception as error:
-                if not is_out_of_memory(error) or not leaner.can_step_down():
+                if not _ran_out(error) or not leaner.can_step_down():
                     raise
                 reason = str(error)
             # Out of the except block first: the traceback keeps the failed call's tensors alive.
             leaner.step_down(reason)
             rewind()
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        raise BadInput(
+            f"{found.__name__} has a profile applied, and cannot be copied: call revert() first"
+        )
+
     own = {name: getattr(found, name) for name in _OWN}
-    pipe.__class__ = type(found.__name__, (found,), {**own, "__call__": call})
+    own |= {"__call__": call, "__reduce_ex__": reduce}
+    pipe.__class__ = type(found.__name__, (found,), own)
     try:
         yield
     finally:
         pipe.__class__ = found
+
+
+def _ran_out(error: Exception) -> bool:
+    """Of the device's memory: a leaner plan may need more of the host's."""
+    return is_out_of_memory(error) and "can't allocate memory" not in str(error)
 
 
 def _rewinder(arguments: Any) -> Callable[[], None]:

@@ -120,7 +120,7 @@ def apply(
             ask = _ask(pipe, target, profile.workload, goal)
             trusted = trust.given(profile, ask if verify else replace(ask, measuring=None))
         _log.info("%s", trusted.match)
-        return Applied(pipe, trusted, target, enforce=enforce)
+        return Applied(pipe, trusted, target, enforce=enforce, host_ram_bytes=goal.host_ram_bytes)
 
 
 def default_device() -> str:

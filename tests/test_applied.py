@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from snapshots import differences, snapshot
 from worlds import SDXL
 
 import autofit
-from autofit import NothingFits, Plan, Profile, Workload, applied, probe
+from autofit import BadInput, NothingFits, Plan, Profile, Workload, applied, probe
 from autofit.architectures import build
 from autofit.spec import Rung
 from autofit.techniques import KINDS
@@ -140,6 +141,67 @@ def test_what_the_failed_call_held_is_gone_before_the_next(
         assert held[0] <= begun_bytes
 
 
+def test_a_plan_that_cannot_be_applied_is_passed(
+    pipe: Any, peaks: dict[Plan, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *_: Any) -> Any:
+        raise RuntimeError("cannot be page-locked")
+
+    monkeypatch.setattr(type(NO_LEANER.techniques[0]), "applied", broken)
+    with (
+        fit(pipe, NO_LEANER, LEAN) as found,
+        limit(pipe, (peaks[WHOLE] + peaks[LEAN]) // 2),
+    ):
+        called(pipe, seeded())
+        assert found.plan == LEAN
+
+
+def test_a_step_down_that_is_cut_short_is_made_at_the_next_call(
+    pipe: Any, peaks: dict[Plan, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the pipe would run bare, on the CPU."""
+
+    def interrupted(self: Any, *_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with fit(pipe, LEAN) as found, limit(pipe, (peaks[WHOLE] + peaks[LEAN]) // 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(SLICED), "applied", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                called(pipe, seeded())
+        assert found.plan == WHOLE
+        called(pipe, seeded())
+        assert found.plan == LEAN
+
+
+def test_a_pipe_whose_last_plan_could_not_be_applied_says_so(
+    pipe: Any, peaks: dict[Plan, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *_: Any) -> Any:
+        raise RuntimeError("cannot be page-locked")
+
+    with fit(pipe, LEAN), limit(pipe, (peaks[WHOLE] + peaks[LEAN]) // 2):
+        monkeypatch.setattr(type(SLICED), "applied", broken)
+        with pytest.raises(RuntimeError, match="cannot be page-locked"):
+            called(pipe, seeded())
+        with pytest.raises(BadInput, match=r"none of its plans could be applied: call revert\(\)"):
+            called(pipe, seeded())
+
+
+def test_an_error_that_quotes_the_words_is_no_lack_of_memory(pipe: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("prompt 'a robot out of memory' is refused")
+
+    with fit(pipe, LEAN) as found, pytest.raises(ValueError, match="refused"):
+        pipe("a robot out of memory", callback_on_step_end=refuse, num_inference_steps=2)
+    assert found.plan == WHOLE
+
+
+def test_a_copy_is_refused_until_reverted(pipe: Any) -> None:
+    with fit(pipe), pytest.raises(BadInput, match=r"cannot be copied: call revert\(\) first"):
+        copy.deepcopy(pipe)
+
+
 def test_without_a_leaner_plan_the_error_is_the_callers(pipe: Any, peaks: dict[Plan, int]) -> None:
     with fit(pipe) as found, limit(pipe, (peaks[WHOLE] + peaks[LEAN]) // 2):
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
@@ -199,12 +261,13 @@ class TestTheCard:
         monkeypatch.setattr(
             torch.cuda, "set_per_process_memory_fraction", lambda share, _: found.append(share)
         )
+        monkeypatch.setattr(applied.memory, "own_bytes", lambda _: self.HELD)
         monkeypatch.setattr(applied.memory, "total_bytes", lambda _: 100 * 10**9)
         monkeypatch.setattr(applied.memory, "free_bytes", lambda _: 80 * 10**9)
         return found
 
     def budget(self, enforce: bool = True, **changes: Any) -> applied._Budget:
-        profile = samples.profile(budget_bytes=4 * 10**9, **changes)
+        profile = samples.profile(**({"budget_bytes": 4 * 10**9} | changes))
         return applied._Budget(profile, samples.device(), torch.device("cuda:0"), enforce)
 
     def test_the_allocator_gets_what_the_budget_leaves(self, shares: list[float]) -> None:
@@ -216,6 +279,27 @@ class TestTheCard:
             type(self).HELD = before
             assert shares[-1] == pytest.approx(0.03)
         assert shares[-1] == 1.0
+
+    def test_caps_may_end_in_any_order(self, shares: list[float]) -> None:
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(self.budget().kept())
+        second.enter_context(self.budget(budget_bytes=3 * 10**9).kept())
+        assert shares[-1] == pytest.approx(0.024)
+        first.close()
+        assert shares[-1] == pytest.approx(0.024)
+        second.close()
+        assert shares[-1] == 1.0
+
+    def test_what_others_take_later_is_not_ours(
+        self, shares: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the driver does not say what is."""
+        monkeypatch.setattr(applied.memory, "own_bytes", lambda _: None)
+        budget = self.budget()
+        with budget.kept():
+            before = list(shares)
+            budget.renew()
+            assert shares == before
 
     def test_nothing_is_capped_unless_asked(self, shares: list[float]) -> None:
         budget = self.budget(enforce=False)

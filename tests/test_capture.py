@@ -143,7 +143,7 @@ def test_work_that_waits_is_not_captured(cuda: Cuda) -> None:
     assert cuda.calls == ["stream", "sync warn", "sync 0"]
 
 
-def _fails_in_capture(cuda: Cuda, error: Exception) -> Any:
+def _fails_in_capture(cuda: Cuda, error: BaseException) -> Any:
     def work() -> None:
         if cuda.calls[-1].startswith("capture"):
             raise error
@@ -168,6 +168,34 @@ def test_no_memory_in_a_capture_is_no_fault_of_the_work(cuda: Cuda) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error), Still())
     assert "heal" not in cuda.calls
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("an operation that a capture refuses"), NotCapturable),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), torch.OutOfMemoryError),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt),
+    ],
+)
+def test_what_ended_a_capture_counts_not_what_its_end_says_of_it(
+    error: BaseException, raised: type[BaseException], cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a capture that is invalid raises an error of its own."""
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        cuda.calls.append("capture")
+        try:
+            yield
+        except BaseException:
+            raise RuntimeError("capture_end: the capture was invalidated") from None
+
+    monkeypatch.setattr(cuda.cuda, "graph", graph)
+    monkeypatch.setattr(capture, "_repaired", lambda *_: cuda.calls.append("repaired"))
+    with pytest.raises(raised, match=str(error)):
+        Capturer(torch.device("cuda:0")).capture(_fails_in_capture(cuda, error), Still())
+    assert "repaired" in cuda.calls
 
 
 # ---------------------------------------------------------------- on CUDA

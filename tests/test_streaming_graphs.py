@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,19 @@ from test_streaming import (
     run_bytes,
     settled_bytes,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autofit import anatomy, techniques
 from autofit.spec import Plan
 from autofit.streaming import engine
+from autofit.streaming.lanes import HostLane, Tensors
+from autofit.streaming.parts import Part
+from autofit.streaming.pool import Pool
+from autofit.streaming.replay import Moving
+from autofit.streaming.script import Script
+from autofit.streaming.units import Division, Unit, Weight
 from autofit.techniques import cuda_graph, images_to_settle
 from autofit.techniques.capture import Capturer, Weights
 from autofit.techniques.cuda_graph import CudaGraph
@@ -156,6 +163,55 @@ def test_a_graph_is_captured_in_the_second_image(pipes: Pipes, device: str, repl
         assert replays() == 0
         images(pipe, steps=3)
         assert replays() == 3
+
+
+class Noting(HostLane):
+    """Copies at once, and notes what a graph would copy."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[Tensors, Tensors]] = []
+
+    def copy(self, places: Tensors, sources: Tensors, after: Any, ready: Any) -> None:
+        self.noted.append((places, sources))
+        super().copy(places, sources, after, ready)
+
+
+def part_of(values: Sequence[float], rank: int, spare: int = 0) -> Part:
+    """Layers of one weight each, the last ``spare`` of which the recorded forward left out."""
+    layers = [nn.Linear(16, 16, bias=False) for _ in values]
+    for layer, value in zip(layers, values, strict=True):
+        layer.weight.data.fill_(value)
+    units = [Unit((m,), (Weight(m.weight, m.weight.data, m.weight.data),)) for m in layers]
+    part = Part(nn.Sequential(*layers), rank, rank == 1, ())
+    ran = tuple(units[: len(units) - spare])
+    part.division = Division(ran, tuple(units[len(ran) :]), Unit((part.module,), ()))
+    part.recorded = True
+    return part
+
+
+def test_what_a_replay_overwrites_is_fetched_again() -> None:
+    """A layer that the recorded forward left out lands where the VAE's weights lie."""
+    lane, script, x = Noting(), Script(), torch.ones(1, 16)
+    denoiser, vae = part_of([1, 2, 3], 1, spare=1), part_of([5, 6], 2)
+    pool = Pool(torch.device("cpu"), 4096, lane, script)  # the denoiser, and the VAE's two units
+    script.begin(denoiser)
+    pool.arrange([denoiser, vae], denoiser)
+    assert (len(denoiser.streamed), len(vae.streamed)) == (0, 2)
+    wanted = vae.module(x)
+    denoiser.module(x)
+    assert torch.equal(vae.module(x), wanted)
+    moving = Moving(denoiser, pool, lane)
+    moving.begin()
+    lane.noted.clear()
+    with moving.capturing():
+        denoiser.module(x)
+    copies = list(lane.noted)
+    assert copies
+    for _ in range(3):
+        moving.begin()
+        for places, sources in copies:
+            torch._foreach_copy_(places, sources)
+        assert torch.equal(vae.module(x), wanted)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,9 @@ class Lane(Protocol):
 
     def drain(self) -> None:
         """Wait until all has run."""
+
+    def join(self) -> None:
+        """Let the compute wait for all copies so far."""
 
     def captured(self) -> AbstractContextManager[None]:
         """Inside, the compute is being captured in a CUDA graph, and the copies with it. What was
@@ -74,6 +77,9 @@ class CudaLane:
         if known is not None:
             stream.wait_event(known)
 
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     @contextmanager
     def captured(self) -> Iterator[None]:
         compute = torch.cuda.current_stream(self._device)
@@ -81,9 +87,10 @@ class CudaLane:
         try:
             self._stream.wait_stream(compute)
             yield
-            compute.wait_stream(self._stream)
         finally:
             self._twins = None
+            with suppress(RuntimeError):  # of a capture that is invalid, whose end says so
+                compute.wait_stream(self._stream)
 
     def drain(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -112,6 +119,9 @@ class HostLane:
         self.mark(ready)
 
     def drain(self) -> None:
+        pass
+
+    def join(self) -> None:
         pass
 
     def captured(self) -> AbstractContextManager[None]:

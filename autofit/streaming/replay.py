@@ -53,6 +53,5 @@ class Moving:
         if ring.moves == self._left_at:
             return
         ring.restart(self._part)
-        for unit in ring.queued:
-            self._lane.wait(unit.ready)
+        self._lane.join()
         self._left_at = ring.moves

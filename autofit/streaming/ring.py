@@ -50,8 +50,8 @@ class Ring:
         self._release()
         self._script.expect(part)
         self.prime()
-        streamed = [u for u in part.streamed if not u.queued]
-        self._present = [p for p in self._present if p.queued or not any(map(p.overlaps, streamed))]
+        moving = [u for u in (*part.streamed, *part.division.spare) if not u.queued]
+        self._present = [p for p in self._present if p.queued or not any(map(p.overlaps, moving))]
 
     def before(self, unit: Unit) -> None:
         """A module of the unit begins: let the compute wait for its weights."""

@@ -96,15 +96,23 @@ class Capturer:
         graph = torch.cuda.CUDAGraph()
         pool = self._graphs[0].pool() if self._graphs else torch.cuda.graph_pool_handle()
         capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+        ended: BaseException | None = None
         try:
             with _own_workspaces(), capture, weights.capturing():
-                result = work()
+                try:
+                    result = work()
+                except BaseException as error:
+                    ended = error  # where the capture is invalid, its end raises another
+                    raise
         except torch.OutOfMemoryError:  # says something about memory, not about the work
             raise
         except Exception as error:
             _repaired(graph, pool, stream)
-            line = str(error).strip().splitlines() or [type(error).__name__]
-            raise NotCapturable(f"its capture failed: {line[0]}") from error
+            ended = ended or error
+            if isinstance(ended, torch.OutOfMemoryError) or not isinstance(ended, Exception):
+                raise ended from None
+            line = str(ended).strip().splitlines() or [type(ended).__name__]
+            raise NotCapturable(f"its capture failed: {line[0]}") from ended
         return graph, result
 
     def release(self) -> None:

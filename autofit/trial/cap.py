@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,10 @@ import torch
 
 from autofit.probe import memory
 from autofit.spec import Device
+
+# By card: the fraction found before the first cap, and those of the caps that hold now.
+_LIVE: dict[int, dict[object, float]] = {}
+_FOUND = object()
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,36 @@ def _used_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def capped(outside: Outside, cap_bytes: int | None, set_aside_bytes: int) -> Iterator[None]:
-    """Make the allocator refuse what would take the process over the cap; lifted on exit."""
+def capped(
+    outside: Outside, cap_bytes: int | None, set_aside_bytes: int
+) -> Iterator[Callable[[], None]]:
+    """Make the allocator refuse what would take the process over the cap; lifted on exit.
+
+    Yields what sets the limit anew, by what is not the allocator's then. Caps may end in any order:
+    the latest of those that are left holds, and after the last one what was found before the first.
+    """
     device = outside.device
     if device.type != "cuda" or cap_bytes is None:
-        yield
+        yield lambda: None
         return
-    before = torch.cuda.get_per_process_memory_fraction(_card(device))
-    cap(outside, cap_bytes, set_aside_bytes)
+    card, key = _card(device), object()
+    live = _LIVE.setdefault(card, {})
+    if not live:
+        live[_FOUND] = torch.cuda.get_per_process_memory_fraction(card)
+
+    def renew() -> None:
+        allowed_bytes = cap_bytes - max(set_aside_bytes, outside.held_bytes())
+        live[key] = min(1.0, max(0, allowed_bytes) / memory.total_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(live[key], card)
+
     try:
-        yield
+        renew()
+        yield renew
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, _card(device))
-
-
-def cap(outside: Outside, cap_bytes: int, set_aside_bytes: int) -> None:
-    """Set the allocator's limit to what the cap leaves beside all that is not its own now."""
-    if outside.device.type != "cuda":
-        return
-    allowed_bytes = cap_bytes - max(set_aside_bytes, outside.held_bytes())
-    share = min(1.0, max(0, allowed_bytes) / memory.total_bytes(outside.device))
-    torch.cuda.set_per_process_memory_fraction(share, _card(outside.device))
+        live.pop(key, None)
+        torch.cuda.set_per_process_memory_fraction(list(live.values())[-1], card)
+        if list(live) == [_FOUND]:
+            live.clear()
 
 
 def _card(device: torch.device) -> int:

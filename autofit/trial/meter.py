@@ -202,7 +202,8 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of cu
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: torch's own, or a library's in its words."""
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(text in said for text in _NO_MEMORY)
+    words = isinstance(error, RuntimeError) and any(text in said for text in _NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or words
 
 
 _ASKED = re.compile(r"Tried to allocate ([\d.]+) (GiB|MiB|KiB|B|bytes)")
