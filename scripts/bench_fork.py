@@ -33,6 +33,7 @@ THREADS = 8  # of a child at most, for what it computes on the CPU
 POLL_S = 0.02
 SAMPLE_BYTES = 4096  # of each end of a weight, to see whether somebody wrote into it
 
+ENDED: list[bool] = []  # not empty once we are asked to end
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -45,6 +46,8 @@ class Children:
         self._key: tuple[str, str | None] | None = None
         self._pipe: Any = None
         self._checksum = 0
+        # Not raised from the handler: an exception in the midst of a fork is lost, and locks stay.
+        signal.signal(signal.SIGTERM, lambda *_: ENDED.append(True))
 
     def run(self, spec: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Run a child to its end or its limit, the building not counted."""
@@ -139,6 +142,7 @@ def _child(work: Callable[[Send], None], answer: Path, log: Path) -> NoReturn:
     code = 1
     try:
         os.setpgid(0, 0)  # with the compilers that it may start
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor, target in ((0, Path(os.devnull)), (1, log), (2, log)):
             flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_APPEND
             os.dup2(os.open(target, flags), descriptor)
@@ -174,6 +178,8 @@ def waited(child: int, limit_s: float) -> str:
     deadline, ended, status = time.monotonic() + limit_s, 0, 0
     try:
         while not ended and time.monotonic() < deadline:
+            if ENDED:
+                sys.exit(128 + signal.SIGTERM)
             ended, status = os.waitpid(child, os.WNOHANG)
             if not ended:
                 time.sleep(POLL_S)

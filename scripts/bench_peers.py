@@ -19,8 +19,6 @@ import functools
 import itertools
 import json
 import os
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +103,6 @@ class Options:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the child that runs is ended too
     given = parsed()
     options = Options(given.device, given.limit, given.search, given.plans)
     start, left = time.monotonic(), []
