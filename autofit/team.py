@@ -131,5 +131,5 @@ def main() -> None:
 
 def _end_with_planner() -> None:
     """The planner holds the other end; when it is gone, however it went, this read returns."""
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # not by the buffer, whose lock Python needs to end the process
     os._exit(1)

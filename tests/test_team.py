@@ -36,10 +36,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trials(home: Path) -> list[Any]:
-    """Of the one study that is kept there."""
+    """Of the one study that is kept there; none while it is being made."""
     (kept,) = (home / "studies").glob("*.journal")
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(kept)))
-    return list(optuna.load_study(study_name=None, storage=storage).trials)
+    names = optuna.get_all_study_names(storage)
+    return [t for name in names for t in optuna.load_study(study_name=name, storage=storage).trials]
 
 
 def measured_by(home: Path) -> dict[int, list[tuple[str, ...]]]:
