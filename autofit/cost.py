@@ -75,18 +75,14 @@ def predict(
 ) -> Prediction:
     """Predict peak bytes and seconds an image for any legal plan."""
     facts = plan.facts(pipeline)
-    fragments = fragmentation(device)
-    phase_bytes = {
-        p: weight_bytes(plan, facts, p)
-        + int(
-            fragments
-            * (
-                activation_bytes(plan, facts, workload, p, basis)
-                + left_bytes(plan, facts, workload, p, basis)
-            )
-        )
-        for p in Phase
-    }
+    phase_bytes = {}
+    for phase in Phase:
+        used_bytes = activation_bytes(plan, facts, workload, phase, basis)
+        left = left_bytes(plan, facts, workload, phase, basis)
+        taken_bytes = int(fragmentation(device) * (used_bytes + left))
+        if phase is Phase.STEP:
+            taken_bytes -= min(left, borrowed_bytes(plan.placement, facts))
+        phase_bytes[phase] = weight_bytes(plan, facts, phase) + taken_bytes
     phase_s = {p: seconds(plan, facts, device, workload, p, basis) for p in Phase}
     peak_bytes = max(phase_bytes.values()) + outside_bytes(device)
     return Prediction(peak_bytes, image_s(phase_s, workload.steps), phase_s, phase_bytes)
@@ -130,22 +126,33 @@ def fitted(
     if not plan.placement.is_open:
         return plan
     least_bytes = predict(plan, pipeline, device, workload, basis).peak_bytes
-    return filled(plan, pipeline, least_bytes, budget_bytes)
+    decode_bytes = activation_bytes(plan, plan.facts(pipeline), workload, Phase.DECODE, basis)
+    return filled(plan, pipeline, least_bytes, decode_bytes, budget_bytes)
 
 
-def filled(plan: Plan, pipeline: Pipeline, least_bytes: int, budget_bytes: int) -> Plan | None:
+def filled(
+    plan: Plan, pipeline: Pipeline, least_bytes: int, decode_bytes: int, budget_bytes: int
+) -> Plan | None:
     """Give an open plan the weights that the budget leaves. ``least_bytes`` is its predicted peak
-    with the fewest; None where even these are too many."""
+    with the fewest; None where even these are too many. ``decode_bytes`` are the activations of
+    the decode."""
     facts = plan.facts(pipeline)
     beside_bytes = least_bytes - held_bytes(plan.placement, facts)
     room_bytes = int(budget_bytes * (1 - MARGIN)) - beside_bytes
-    placement = plan.placement.fitted(facts, room_bytes)
+    placement = plan.placement.fitted(facts, room_bytes, decode_bytes)
     return None if placement is None else placed(plan, placement)
 
 
 def held_bytes(placement: Placement, facts: Pipeline) -> int:
     """Weights on the device in every phase; a cast for one phase comes on top."""
     return min(placement.resident_bytes(facts, phase) for phase in Phase)
+
+
+def borrowed_bytes(placement: Placement, facts: Pipeline) -> int:
+    """Weights that lie, while the steps run, in memory of the decode."""
+    if not placement.borrows:
+        return 0
+    return placement.resident_bytes(facts, Phase.STEP) - held_bytes(placement, facts)
 
 
 def narrowed(plan: Plan, pipeline: Pipeline, less_bytes: int) -> Plan | None:
@@ -197,7 +204,8 @@ def left_bytes(
 
 
 def stays(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> bool:
-    return _effect(plan, facts, workload, phase).stays
+    borrowed = phase is Phase.DECODE and plan.placement.borrows
+    return borrowed or _effect(plan, facts, workload, phase).stays
 
 
 def seconds(

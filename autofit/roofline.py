@@ -1,7 +1,7 @@
 """Operations counted -> seconds on a device. Plain arithmetic, no torch.
 
 A roofline for each operation: ``max(operations / rate, bytes / bandwidth)``, summed; and what
-Python needs to launch them all, which bounds small work.
+the host needs to launch them all, which bounds small work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,19 @@ FUSED_HEAD, WIDE_SHARE, HEAD_TILE = 256, 0.22, 64
 TF32_CAPABILITY = (8, 0)
 # Of the bandwidth that a copy of 256 MiB reaches, what a model's kernels and layout copies do.
 BANDWIDTH_SHARE = 0.62
-KERNEL_S = 5e-6  # the least that one kernel takes on the device
-LAUNCH_S = 2.85e-5  # of Python, diffusers and torch for one kernel, on the host of the H200
+KERNEL_S = 5e-6  # the least that one kernel takes on a GPU
+# What ``Device.launch_s`` is for: a module called, its checks and hooks, and its kernel.
+MODULES = frozenset({
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm",
+    "rms_norm", "gelu", "silu", "embedding",
+})  # fmt: skip
+# Sums and products between tensors come without a module. Denoisers made so narrow that an EPYC
+# waited for Python alone took, for one operation of a module counted so: SDXL 19 us, SD 1.5 21,
+# PixArt 16, SD3 and FLUX 14; for one of all operations 12, 12, 8, 6 and 7. A share of 0 to 0.1 fits
+# these best; a GPU's launch comes on top, and FLUX's encoders took 0.03 s on the H200: that is 0.3.
+BARE_SHARE = 0.15
+# Part of a convolution's call: cuDNN's copies, and the bias.
+WITHIN = frozenset({"layout", "add_"})
 # What cuBLAS works in, by torch's own rule: taken at the first product, and kept.
 BLAS_BYTES, HOPPER_BLAS_BYTES, HOPPER = 8_519_680, 33_554_432, (9, 0)
 
@@ -72,19 +83,33 @@ def blas_bytes(device: Device) -> int:
     return HOPPER_BLAS_BYTES if (device.capability or (0, 0)) >= HOPPER else BLAS_BYTES
 
 
-def seconds(facts: PhaseFacts, device: Device) -> float:
+def seconds(facts: PhaseFacts, device: Device, hooks_s: float = 0.0) -> float:
     """Seconds of one run of a phase, its weights on the device and nothing else to do there.
 
-    Launching runs ahead of the device, so the longer of the two counts, not their sum.
+    Launching, and what hooks take of the host besides, runs ahead of a GPU, so the longer of the
+    two counts; on the CPU their sum.
     """
     busy_s = sum(o.count * operation_s(o, device) for o in facts.operations)
-    return max(busy_s, facts.launches * LAUNCH_S) if device.kind == "cuda" else busy_s
+    launching_s = calls(facts) * device.launch_s + hooks_s
+    return max(busy_s, launching_s) if device.kind == "cuda" else busy_s + launching_s
+
+
+def calls(facts: PhaseFacts) -> float:
+    """The operations of a phase, in operations of modules by what the host needs for them."""
+    return sum(o.count * _calls(o.name) for o in facts.operations)
+
+
+def _calls(name: str) -> float:
+    if name in WITHIN:
+        return 0.0
+    return 1.0 if name in MODULES else BARE_SHARE
 
 
 def operation_s(operation: Operation, device: Device) -> float:
-    """Seconds of one of these operations alone."""
+    """Seconds that one of these operations keeps the device busy."""
     moving_s = operation.moved_bytes / (BANDWIDTH_SHARE * device.memory_bytes_s)
-    return max(operation.flops / rate(operation, device), moving_s, KERNEL_S)
+    least_s = KERNEL_S if device.kind == "cuda" else 0.0
+    return max(operation.flops / rate(operation, device), moving_s, least_s)
 
 
 def rate(operation: Operation, device: Device) -> float:

@@ -60,6 +60,7 @@ class Rooms:
         self._kinds = list(kinds)
         least = np.array([cost.held_bytes(*kind) for kind in kinds], dtype=float)
         self.least_bytes = least[self._kind]
+        self._borrows = np.array([placement.borrows for placement, _ in kinds], dtype=bool)
         count = len(self.numbers)
         self._trials = np.zeros(count, dtype=int)
         self._settled = np.zeros(count, dtype=bool)  # a fault, or too slow: not tried again
@@ -67,24 +68,26 @@ class Rooms:
         self._high = np.full(count, np.inf)  # and must not have more
         self._failed = np.full(count, np.inf)  # the fewest that were too many
         self._beside_bytes = np.full(count, np.nan)  # as measured
-        self._known: dict[tuple[int, int], Fit] = {}
+        self._known: dict[tuple[int, int, int], Fit] = {}
 
-    def fits(self, beside_bytes: Floats) -> Fits:
+    def fits(self, beside_bytes: Floats, decode_bytes: Floats) -> Fits:
         """Fit every open plan to the budget; ``beside_bytes`` is predicted, and gives way to what
-        was measured. Where too little is left, a plan gets the least it can do with."""
+        was measured. Where too little is left, a plan gets the least it can do with.
+        ``decode_bytes`` are the activations of its decode."""
         seen = np.isfinite(self._beside_bytes)
         beside_bytes = np.where(seen, self._beside_bytes, beside_bytes)
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes
         rooms = np.maximum(np.minimum(left_bytes, self._high), self.least_bytes).astype(int)
-        pairs = zip(self._kind.tolist(), rooms.tolist(), strict=True)
-        return Fits([self._fit(kind, room) for kind, room in pairs], beside_bytes)
+        spare = np.where(self._borrows[self._kind], decode_bytes, 0).astype(int)
+        keys = zip(self._kind.tolist(), rooms.tolist(), spare.tolist(), strict=True)
+        return Fits([self._fit(*key) for key in keys], beside_bytes)
 
-    def _fit(self, kind: int, room_bytes: int) -> Fit:
+    def _fit(self, kind: int, room_bytes: int, decode_bytes: int) -> Fit:
         """Many plans leave the same room: what follows from it is kept."""
-        key = kind, room_bytes
+        key = kind, room_bytes, decode_bytes
         if key not in self._known:
             opened, facts = self._kinds[kind]
-            placement = opened.fitted(facts, room_bytes)
+            placement = opened.fitted(facts, room_bytes, decode_bytes)
             assert placement is not None  # the room is not below the least
             transfer_s = {
                 p: cost.transfer_s(placement.traffic(facts, p), facts, self._device, p)

@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Literal
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)  # of attention, that kernels are asked for
+# ``Device.launch_s`` where it was not probed: on the host of the H200 of tests/golden a step of
+# SDXL, all resident, took 0.0573 s for what counts as 1,276 operations of modules (roofline.py).
+LAUNCH_S = 4.5e-5
 # What a measurement depends on besides the card: of the versions that ``Device`` holds, these.
 SOFTWARE = (
     "torch", "cuda", "cudnn", "diffusers", "transformers", "accelerate", "xformers", "driver",
@@ -90,7 +93,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Device:
-    """A device, probed. Rates are measured, in bytes or floating-point operations a second."""
+    """A device, probed. Rates are measured, in bytes or floating-point operations a second.
+
+    ``launch_s`` is the host's: Python, diffusers and torch for one operation of a module (a
+    product, a norm, an activation), eagerly. On the CPU the smallest operation's own time is in it.
+    """
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -104,6 +111,7 @@ class Device:
     flops_s: Mapping[str, float] = field(hash=False)  # matrix products, by dtype
     kernels: tuple[Kernel, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    launch_s: float = LAUNCH_S
 
     def answers(self, kernel: str, dtype: str, head_sizes: tuple[int, ...]) -> bool:
         """Whether this attention kernel ran for every one of these head sizes."""
@@ -323,8 +331,17 @@ class Placement(Technique):
         left open again."""
         return self
 
-    def fitted(self, pipeline: Pipeline, room_bytes: int) -> Placement | None:
-        """This, set to use ``room_bytes`` for weights; None where it cannot do with so few."""
+    @property
+    def borrows(self) -> bool:
+        """Whether weights lie in memory of the decode while it does not run: then the activations
+        of steps cannot."""
+        return False
+
+    def fitted(
+        self, pipeline: Pipeline, room_bytes: int, decode_bytes: int = 0
+    ) -> Placement | None:
+        """This, set to use ``room_bytes`` for weights; None where it cannot do with so few.
+        ``decode_bytes`` are the activations of the decode."""
         return self
 
     @abstractmethod

@@ -84,8 +84,10 @@ class Surrogate:
 
     def fits(self) -> Fits:
         if self._fits is None:
-            rooms = self._rooms
-            self._fits = rooms.fits(self.least_bytes()[rooms.numbers] - rooms.least_bytes)
+            rooms, decode = self._rooms, self.tables[Phase.DECODE]
+            decode_bytes = decode.activations.values()[decode.index] - ACTIVATION_FLOOR
+            beside_bytes = self.least_bytes()[rooms.numbers] - rooms.least_bytes
+            self._fits = rooms.fits(beside_bytes, decode_bytes[rooms.numbers])
         return self._fits
 
     def placement(self, number: int) -> Placement | None:
@@ -126,6 +128,9 @@ class Surrogate:
         parts = [t.staying_bytes() for p, t in self.tables.items() if p is not phase]
         return np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
+    def _borrowed_bytes(self, number: int, plan: Plan) -> int:
+        return cost.borrowed_bytes(plan.placement, self._facts[number])
+
     # What it learns
 
     def learn(self, number: int, plan: Plan, outcome: Outcome, best_s: float | None) -> None:
@@ -156,7 +161,7 @@ class Surrogate:
             live_bytes = outcome.phase_peak_bytes.get(phase.value, 0)
             held_bytes = cost.weight_bytes(plan, self._facts[number], phase)
             table.activations.learn(row, max(ACTIVATION_FLOOR, live_bytes - held_bytes))
-        self._learn_overheads(number, outcome)
+        self._learn_overheads(number, plan, outcome)
 
     def _learn_seconds(self, number: int, plan: Plan, phase: Phase, spent_s: float) -> None:
         table = self.tables[phase]
@@ -171,13 +176,14 @@ class Surrogate:
         if phase is Phase.STEP:  # the other phases are short: their starts count in them
             self._bus_shares.append(moving_s / spent_s)
 
-    def _learn_overheads(self, number: int, outcome: Measurement) -> None:
+    def _learn_overheads(self, number: int, plan: Plan, outcome: Measurement) -> None:
         """What the allocator held beyond live tensors, for a byte of activations in that phase."""
         self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
         # The allocator does not count as live what stays: nobody may have it, but it is free.
         left = {p: float(self._left_bytes(p)[number]) for p in Phase}
-        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + left[p])
-        live_bytes = outcome.phase_peak_bytes[highest.value] + left[highest]
+        idle = left | {Phase.STEP: max(0.0, left[Phase.STEP] - self._borrowed_bytes(number, plan))}
+        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + idle[p])
+        live_bytes = outcome.phase_peak_bytes[highest.value] + idle[highest]
         table = self.tables[highest]
         activations = table.activations.values()[table.index[number]] + left[highest]
         extra_bytes = outcome.peak_bytes - outcome.non_torch_bytes - live_bytes
@@ -196,6 +202,8 @@ class Surrogate:
             row = table.index[number]
             weight_bytes = cost.weight_bytes(plan, self._facts[number], phase)
             left_bytes = self._left_bytes(phase)
+            if phase is Phase.STEP:
+                left_bytes = np.maximum(0, left_bytes - self._borrowed_bytes(number, plan))
             if not narrowable:
                 if outcome.phase:
                     table.refuse(number, left_bytes)

@@ -126,6 +126,7 @@ def _device_rows(device: Device) -> list[tuple[str, str]]:
         rows.append(("from pageable host memory", _rate(device.pageable_bytes_s)))
     for dtype, flops_s in device.flops_s.items():
         rows.append((f"{dtype} products", f"{flops_s / 1e12:.3g} TFLOP/s"))
+    rows.append(("one operation launched", f"{device.launch_s * 1e6:.3g} us"))
     rows += [(f"{kernel} attention", text) for kernel, text in _kernels(device).items()]
     return rows + list(device.versions.items())
 

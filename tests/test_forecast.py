@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from recorded_tiles import each_as_recorded
+from recorded_tiles import card_of, each_as_recorded, hosted
 from test_golden import GOLDEN, Recorded
 
 from autofit import cost, forecast, gpus
@@ -18,7 +18,8 @@ from autofit.forecast import PEAK_BAND, PREDICTED, TIME_BAND, Forecaster
 from autofit.spec import Measurement, Slot, Workload
 
 GIB = 2**30
-UNDER = 0.051  # of a peak, at most: what is predicted too low is what hurts
+# Of a peak on the device that was probed, at most; what is predicted too low is what hurts.
+WITHIN, UNDER = 0.05, 0.03
 
 
 @cache
@@ -28,7 +29,7 @@ def dry_run(model: str) -> DryRun:
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, float, float]]:
-    """Of each recorded trial that can be predicted: its plan, and the errors of peak and time."""
+    """Of each recorded trial that can be predicted: its card, and the errors of peak and time."""
     return list(errors(tmp_path_factory.mktemp("points")))
 
 
@@ -36,7 +37,8 @@ def errors(folder: Path) -> Iterator[tuple[str, float, float]]:
     for path in each_as_recorded(folder):
         recorded = Recorded(path)
         task, model = recorded.task(), path.name.split("--")[0]
-        forecaster = Forecaster(dry_run(model), task.pipeline, task.device, task.workload)
+        device = hosted(task.device, path)
+        forecaster = Forecaster(dry_run(model), task.pipeline, device, task.workload)
         for attempt in recorded.attempts:
             outcome, plan = attempt.outcome, attempt.plan
             if not isinstance(outcome, Measurement):
@@ -47,19 +49,24 @@ def errors(folder: Path) -> Iterator[tuple[str, float, float]]:
             peak = predicted.peak_bytes / outcome.peak_bytes - 1
             seconds = predicted.image_s / outcome.image_s - 1
             print(f"{model}: {peak:+.1%} peak, {seconds:+.0%} time: {plan.label}")
-            yield plan.label, peak, seconds
+            yield card_of(path), peak, seconds
 
 
 @pytest.mark.timeout(300)
 def test_peaks_are_within_the_stated_band(points: list[tuple[str, float, float]]) -> None:
     assert len(points) >= 8
-    assert max(abs(peak) for _, peak, _ in points) <= PEAK_BAND
+    assert max(abs(peak) for _, peak, _ in points) <= WITHIN < PEAK_BAND
     assert min(peak for _, peak, _ in points) >= -UNDER
 
 
-def test_times_are_within_the_stated_band(points: list[tuple[str, float, float]]) -> None:
+@pytest.mark.parametrize("card", ["H200", "H100"])
+def test_times_are_within_the_stated_band(
+    points: list[tuple[str, float, float]], card: str
+) -> None:
     """In the median: some were measured on a host whose processor was busy."""
-    assert statistics.median(abs(seconds) for _, _, seconds in points) <= TIME_BAND
+    errors = [abs(seconds) for on, _, seconds in points if on == card]
+    assert len(errors) >= 5
+    assert statistics.median(errors) <= TIME_BAND
 
 
 @pytest.fixture(scope="module")

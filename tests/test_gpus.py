@@ -13,7 +13,7 @@ import pytest
 from autofit.gpus import Gpu, desktop_bytes, device_for, find, gpus
 from autofit.gpus.device import DTYPES, visible_bytes
 from autofit.gpus.table import computed_flops_s, families
-from autofit.spec import HEAD_SIZES, BadInput
+from autofit.spec import HEAD_SIZES, LAUNCH_S, BadInput
 from autofit.units import GIB
 from tests import samples
 
@@ -198,6 +198,10 @@ def test_cudnn_takes_large_heads_on_hopper_alone() -> None:
 
 def test_host_memory_is_the_callers() -> None:
     assert device_for("rtx-4060", host_limit_bytes=16 * GIB).host_limit_bytes == 16 * GIB
+
+
+def test_a_card_s_host_launches_as_the_h200_s() -> None:
+    assert {device_for(g.slug).launch_s for g in gpus()} == {LAUNCH_S}
 
 
 def test_a_desktop_takes_of_cards_that_drive_a_screen() -> None:

@@ -15,10 +15,12 @@ import torch
 from conftest import TINY, Pipes
 from diffusers import DiffusionPipeline
 
-from autofit import host, probe
+from autofit import host, probe, roofline
 from autofit.architectures import ARCHITECTURES, build
+from autofit.dryrun.record import Fused, Recorder
 from autofit.probe import device as probe_of_device
-from autofit.spec import BadInput, BlockList, Pipeline, Role
+from autofit.probe import launch
+from autofit.spec import LAUNCH_S, BadInput, BlockList, Pipeline, Role
 
 ROOT = Path(__file__).parent.parent
 POSITION_IDS = 77 * 8  # bytes: a CLIP text encoder's buffer of int64
@@ -195,6 +197,14 @@ class TestDevice:
         assert probe.probe_device("cpu").versions == first.versions
         assert len(measured) == 2
 
+    def test_without_what_an_older_autofit_did_not_measure_reads(self, home: Path) -> None:
+        found = probe.probe_device("cpu")
+        (cache,) = (home / "cache" / "devices").iterdir()
+        known = json.loads(cache.read_text())
+        assert known.pop("launch_s") == found.launch_s
+        older = probe_of_device._DEVICE.validate_json(json.dumps(known))
+        assert older == dataclasses.replace(found, launch_s=LAUNCH_S)
+
     def test_the_host_s_limit_is_read_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
         known = probe.probe_device("cpu")
         monkeypatch.setattr(host, "machine_bytes", lambda: 10**9)
@@ -212,9 +222,23 @@ class TestDevice:
         assert found.total_bytes == found.host_limit_bytes == host.limit_bytes()
         assert set(found.flops_s) == {"float16", "bfloat16", "float32"}
         assert min(found.memory_bytes_s, *found.flops_s.values()) > 0
+        assert 1e-6 < found.launch_s < 0.1
         assert found.answers("math", "float32", (16, 32))
         assert not found.answers("cudnn", "float16", (64,))
         assert {"torch", "diffusers", "transformers", "accelerate"} <= set(found.versions)
+
+    def test_a_launch_leaves_torch_s_threads(self) -> None:
+        threads = torch.get_num_threads()
+        assert launch.launch_s(torch.device("cpu")) > 0
+        assert torch.get_num_threads() == threads
+
+    def test_launches_are_counted_as_the_roofline_counts(self) -> None:
+        blocks, recorder = launch._Blocks().eval(), Recorder()
+        x = torch.randn(1, launch.TOKENS, launch.WIDTH)
+        with torch.no_grad(), recorder, Fused(recorder):
+            blocks(x, x)
+        calls = roofline.calls(recorder.section.facts(0))
+        assert calls == pytest.approx(launch.BLOCKS * launch.CALLS)
 
     @pytest.mark.parametrize(
         ("name", "message"),

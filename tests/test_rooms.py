@@ -112,10 +112,10 @@ def test_streaming_wins_among_all_plans(case: str, budget: int, name: str) -> No
     every = [o.image_s for p in plans if isinstance(o := world.best(p), Measurement)]
     plan, outcome = best(found, asked)
     assert plan.placement.name == "streamed"
-    # With three times the activations the fastest has a larger tile, which by its luck in this
-    # world needs a fifth less than predicted: no trial speaks for it.
-    assert outcome.image_s <= (1.06 if name == "3 x activations" else 1.05) * min(every)
-    assert len(found.attempts) <= 20
+    # The fastest borrows what a larger tile takes, or another format, which by its luck in these
+    # worlds is a fifth less than predicted: no trial speaks for it.
+    assert outcome.image_s <= (1.09 if case == "sdxl" else 1.06) * min(every)
+    assert len(found.attempts) <= 12
     assert len(set(world.calls)) == len(world.calls)
 
 

@@ -253,3 +253,11 @@ def test_equal_units_come_near_the_limit(count: int, share: float, bus_per_compu
     moved_s = (1 - share) * total_bytes(items) / bytes_s
     lost_s = 3 * (1 << 20) / bytes_s  # the arena is not for residents, and units are whole
     assert found.forward_s <= 1.06 * max(compute_s(items), moved_s) + lost_s
+
+
+def test_an_arena_lies_where_it_may() -> None:
+    """Of a room in two pieces it has one, and resident units the other too."""
+    items = [Item(10, 5.0), Item(40, 1.0), Item(10, 0.1)] * 20  # a longer look-ahead pays
+    free, bounded = schedule(items, 500, 8.0), schedule(items, 500, 8.0, 0, 40)
+    assert bounded.arena_bytes == 40 < free.arena_bytes
+    assert bounded.resident_bytes >= free.resident_bytes

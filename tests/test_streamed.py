@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import samples
 from handmade import FACTS
-from worlds import FLUX
+from worlds import CARD, FLUX
 
 from autofit import cost
-from autofit.spec import BadInput, Phase, Pipeline
+from autofit.spec import BadInput, Phase, Pipeline, Plan, Workload
 from autofit.techniques.placement import Resident
 from autofit.techniques.precision import HalfPrecision
 from autofit.techniques.streamed import Streamed
@@ -96,3 +96,59 @@ def test_what_the_host_cannot_page_lock_comes_at_the_pageable_rate() -> None:
         traffic.pinned_bytes * (0.5 / 50e9 + 0.5 / 5e9)
     )
     assert seconds(half, Phase.ENCODE) == pytest.approx(traffic.pinned_bytes / 5e9)
+
+
+# ---------------------------------------------------------------- what borrows
+
+
+def borrowing(facts: Pipeline, room_bytes: int, decode_bytes: int) -> Streamed:
+    found = Streamed(borrows=True).fitted(facts, room_bytes, decode_bytes)
+    assert isinstance(found, Streamed)
+    return found
+
+
+def test_it_borrows_what_the_decode_takes() -> None:
+    opened, found = Streamed(borrows=True), borrowing(FLUX, 6 * GIB, 2 * GIB)
+    assert found == Streamed(6 * GIB, borrows=True, borrowed_bytes=2 * GIB)
+    assert found.opened == opened
+    assert found.fitted(FLUX, 5 * GIB) == dataclasses.replace(found, weights_bytes=5 * GIB)
+    assert borrowing(FLUX, 6 * GIB, 0).borrowed_bytes == 1
+    assert Streamed().fitted(FLUX, 6 * GIB, 2 * GIB) == Streamed(6 * GIB)
+
+
+def test_steps_stream_as_if_all_were_its_own_and_an_image_brings_it_once() -> None:
+    found, own, all_own = borrowing(FLUX, 6 * GIB, 2 * GIB), Streamed(6 * GIB), Streamed(8 * GIB)
+    assert found.traffic(FLUX, Phase.STEP) == all_own.traffic(FLUX, Phase.STEP)
+    assert found.traffic(FLUX, Phase.DECODE) == own.traffic(FLUX, Phase.DECODE)
+    moved = [p.traffic(FLUX, Phase.ENCODE).pinned_bytes for p in (found, own)]
+    assert moved[0] - moved[1] == 2 * GIB
+    held = [found.resident_bytes(FLUX, p) for p in Phase]
+    assert held == [6 * GIB, 8 * GIB, 6 * GIB]
+
+
+@pytest.mark.parametrize("budget", [6, 8, 12])
+def test_with_it_more_weights_are_there_in_the_same_memory(budget: int) -> None:
+    """Where the decode takes more than a step. Its memory stays taken, so a step's comes on top."""
+    budget_bytes, workload = budget * GIB, Workload(1024, 1024, 28)
+    basis = {
+        ("bfloat16", phase): cost.Plain(size_bytes, 0.1)
+        for phase, size_bytes in zip(Phase, (GIB // 10, GIB // 2, 2 * GIB), strict=True)
+    }
+    plans = []
+    for opened in (Streamed(), Streamed(borrows=True)):
+        plan = cost.fitted(Plan((opened,)), FLUX, CARD, workload, budget_bytes, basis)
+        assert plan is not None
+        predicted = cost.predict(plan, FLUX, CARD, workload, basis)
+        assert 0.98 * budget_bytes <= predicted.peak_bytes <= budget_bytes
+        plans.append(plan)
+    without, borrows = (p.placement.resident_bytes(FLUX, Phase.STEP) for p in plans)
+    # All but a step's activations, less what the allocator needs for the decode beyond them.
+    assert borrows - without == pytest.approx(1.5 * GIB - 0.15 * GIB, rel=0.02)
+
+
+def test_what_has_no_vae_cannot_borrow() -> None:
+    found = tuple(c for c in FLUX.components if c != FLUX.vae)
+    facts = dataclasses.replace(FLUX, components=found)
+    reason = Streamed(borrows=True).why_not(facts, CARD, Workload(64, 64, 1))
+    assert reason == "FluxPipeline has no VAE to borrow from"
+    assert Streamed().why_not(facts, CARD, Workload(64, 64, 1)) is None

@@ -200,7 +200,7 @@ def test_what_a_replay_overwrites_is_fetched_again() -> None:
     wanted = vae.module(x)
     denoiser.module(x)
     assert torch.equal(vae.module(x), wanted)
-    moving = Moving(denoiser, pool, lane)
+    moving = Moving(denoiser, pool, lane, lambda _: None)
     moving.begin()
     lane.noted.clear()
     with moving.capturing():
@@ -238,6 +238,30 @@ def test_a_forward_that_is_timed_is_not_captured(
     assert replays() >= steps
 
 
+def test_units_are_timed_anew_in_the_first_graph_and_arranged_by_that(
+    pipes: Pipes, device: str, plain: Any, replays: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the next step replays a graph of the new arrangement."""
+    pipe = pipes["tiny-sd"]
+    wanted, told = plain("tiny-sd", device), list[list[float]]()
+    retimed, moved = engine.Streamer._retimed, list[int]()
+
+    def noted_times(self: Any, part: Part, times_s: list[float]) -> None:
+        told.append(times_s)
+        before = [unit.offset for unit in part.streamed]
+        # as if the first units took all the time
+        retimed(self, part, [1.0 if n < 3 else 1e-9 for n in range(len(times_s))])
+        moved.append(before != [unit.offset for unit in part.streamed])
+
+    monkeypatch.setattr(engine.Streamer, "_retimed", noted_times)
+    with graphed(pipe, 0.5, device):
+        for _ in range(4):
+            assert_alike(images(pipe), wanted, device)
+        assert replays() == 4  # of two steps, the second image is still timed eagerly
+    assert moved == [True]
+    assert all(seconds > 0 for seconds in told[0])
+
+
 def test_a_capture_that_fails_leaves_the_weights_right(
     pipes: Pipes, device: str, plain: Any, caplog: pytest.LogCaptureFixture, replays: Any
 ) -> None:
@@ -249,7 +273,7 @@ def test_a_capture_that_fails_leaves_the_weights_right(
 
     def fails(self: Any, capturer: Any, weights: Weights, *rest: Any) -> None:
         class Failing:
-            arrangement = weights.arrangement
+            arrangement = staticmethod(weights.arrangement)
             begin = staticmethod(weights.begin)
 
             @staticmethod

@@ -140,10 +140,12 @@ class World:
         if not plan.placement.is_open:
             return self.truth(plan)
         facts = plan.facts(self.pipeline)
-        _, reserved = self._needs(plan)
-        beside_bytes = max(reserved.values()) - cost.held_bytes(plan.placement, facts)
+        live, reserved = self._needs(plan)
+        held_bytes = cost.held_bytes(plan.placement, facts)
+        beside_bytes = max(reserved.values()) - held_bytes
         room_bytes = self.budget_bytes - cost.outside_bytes(CARD) - math.ceil(beside_bytes)
-        placement = plan.placement.fitted(facts, room_bytes)
+        decode_bytes = int(live[Phase.DECODE]) - held_bytes
+        placement = plan.placement.fitted(facts, room_bytes, decode_bytes)
         return self.truth(plan if placement is None else cost.placed(plan, placement))
 
     def truth(self, plan: Plan) -> Outcome:
@@ -180,6 +182,11 @@ class World:
         taken = {p: sum(bent[q] for q in stay | {p}) for p in Phase}
         live = {p: weights[p] + bent[p] for p in Phase}
         reserved = {p: weights[p] + taken[p] * self.bent.reserved for p in Phase}
+        borrowed_bytes = cost.borrowed_bytes(plan.placement, facts)
+        left_bytes = sum(bent[p] for p in stay) * self.bent.reserved
+        reserved[Phase.STEP] -= min(borrowed_bytes, left_bytes)
+        # still there as the decode begins
+        live[Phase.DECODE] = max(live[Phase.DECODE], weights[Phase.STEP])
         return live, reserved
 
     def _seconds(self, plan: Plan, phase: Phase) -> float:
@@ -201,7 +208,7 @@ class World:
 
 def opened(plan: Plan) -> Plan:
     """As it stands among the legal plans: without what the budget set."""
-    return cost.placed(plan, STREAMED) if plan.placement.name == STREAMED.name else plan
+    return cost.placed(plan, plan.placement.opened)
 
 
 @cache

@@ -36,7 +36,8 @@ ECC_SHARE = 1 / 16  # 44.4 of 48 GiB is what torch sees where it is on
 CONTEXT_BASE_BYTES = 150_000_000
 CONTEXT_THREAD_BYTES = 1_600
 
-# The host of a card that is not at hand is not known: assumed.
+# The host of a card that is not at hand is not known: assumed. What it takes to launch an operation
+# is taken to be as on the H200's host (``spec.LAUNCH_S``).
 HOST_BYTES = 32 * GIB
 
 # A desktop keeps its compositor's and windows' buffers on the card that drives it. Assumed, on the

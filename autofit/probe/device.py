@@ -8,7 +8,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autofit import host
 from autofit.probe import memory
+from autofit.probe.launch import launch_s
 from autofit.spec import HEAD_SIZES, BadInput, Device, Kernel
 from autofit.units import MIB
 
@@ -100,6 +101,7 @@ def _measure(device: torch.device, before_bytes: int | None) -> Device:
         flops_s={str(d).removeprefix("torch."): _matrix_rate(device, d) for d in DTYPES},
         kernels=tuple(_answering(device)),
         versions=versions(device),
+        launch_s=launch_s(device),
     )
     if cuda:
         torch.cuda.empty_cache()
@@ -127,7 +129,8 @@ def _cache_path(device: torch.device) -> Path:
     folder = Path(home) / "cache" if home else Path(platformdirs.user_cache_dir("autofit"))
     # The card itself: "cuda:0" is another one under another CUDA_VISIBLE_DEVICES.
     card = torch.cuda.get_device_properties(device) if device.type == "cuda" else "cpu"
-    facts = [platform.node(), str(card), *sorted(versions(device).items())]
+    asked = [f.name for f in fields(Device)]  # what an older autofit did not measure is measured
+    facts = [platform.node(), str(card), asked, *sorted(versions(device).items())]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return folder / "devices" / f"{device.type}-{key}.json"
 

@@ -18,10 +18,12 @@ from torch import nn
 
 from autofit import anatomy
 from autofit.pinning import host_registered
+from autofit.spec import Role
 from autofit.streaming.clock import timing
 from autofit.streaming.lanes import lane_for
+from autofit.streaming.loan import Loan
 from autofit.streaming.pack import pack
-from autofit.streaming.parts import Part, parts, unit_bytes_for
+from autofit.streaming.parts import Part, entries, parts, unit_bytes_for
 from autofit.streaming.pool import Pool
 from autofit.streaming.record import recording
 from autofit.streaming.replay import Moving
@@ -31,15 +33,23 @@ from autofit.streaming.units import divide
 
 class Streamer:
     """Streams parts through ``pool_bytes`` of device memory, in units of ``unit_bytes`` or of one
-    layer. One part keeps: the denoiser."""
+    layer. One part keeps: the denoiser. ``lenders`` run in the loan, if there is one."""
 
     def __init__(
-        self, parts: Sequence[Part], device: torch.device, pool_bytes: int | None, unit_bytes: int
+        self,
+        parts: Sequence[Part],
+        lenders: Sequence[nn.Module],
+        device: torch.device,
+        pool_bytes: int | None,
+        loan_bytes: int,
+        unit_bytes: int,
     ) -> None:
         self._parts, self._device, self._unit_bytes = parts, device, unit_bytes
         self._lane = lane_for(device)
         self._script = Script()
-        self._pool = Pool(device, pool_bytes, self._lane, self._script)
+        self._loan = Loan(device, loan_bytes) if loan_bytes and lenders else None
+        self._lenders = lenders if self._loan else ()
+        self._pool = Pool(device, pool_bytes, self._lane, self._script, self._loan)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -52,9 +62,13 @@ class Streamer:
             for part in self._parts:
                 forward = self._forward(part, part.module.forward)
                 if part.keeps and (graphs := getattr(part.module.forward, "graphs", None)):
-                    moving = Moving(part, self._pool, self._lane)
+                    retimed = functools.partial(self._retimed, part)
+                    moving = Moving(part, self._pool, self._lane, retimed)
                     undo.enter_context(anatomy.attribute(graphs, "weights", moving))
                 undo.enter_context(anatomy.attribute(part.module, "forward", forward))
+            for module in self._lenders:
+                forward = self._lending(module.forward)
+                undo.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
     def _forward(self, part: Part, found: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,10 +77,23 @@ class Streamer:
             self._script.begin(part)
             if not part.recorded or not self._pool.is_open:
                 return self._recorded(part, lambda: found(*args, **kwargs))
+            if part.keeps:
+                self._pool.borrow()
             part.forwards += 1
             if part.keeps and part.awaits_timing:
                 return self._timed(part, lambda: found(*args, **kwargs))
             return found(*args, **kwargs)
+
+        return forward
+
+    def _lending(self, found: Callable[..., Any]) -> Callable[..., Any]:
+        assert self._loan is not None
+        run = self._loan.lent(found)
+
+        @functools.wraps(found)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._pool.give_back()
+            return run(*args, **kwargs)
 
         return forward
 
@@ -90,6 +117,13 @@ class Streamer:
             self._arrange(part)
         return out
 
+    def _retimed(self, part: Part, times_s: list[float]) -> None:
+        """By graphs, which nothing waits for; the next one is captured at once."""
+        part.times_s = times_s
+        self._arrange(part)
+        self._pool.settle()
+        self._pool.borrow()
+
     def _arrange(self, latest: Part) -> None:
         self._pool.arrange([p for p in self._parts if p.recorded or p is latest], latest)
 
@@ -99,17 +133,24 @@ def streaming(
     pipe: Any,
     device: torch.device,
     weights_bytes: int | None,
+    loan_bytes: int | None = 0,
     *,
     unit_bytes: int | None = None,
     stays: Sequence[nn.Module] = (),
 ) -> Iterator[None]:
     """Run a pipe with at most ``weights_bytes`` of its weights on the device; None: the least.
 
-    ``stays`` are components kept there whole. Buffers and weights below a 512th of a unit stay
-    there too; all of these count. On exit all weights are in host memory: the same bits, the small
-    ones of a CUDA device in other memory, side by side.
+    While the denoiser runs ``loan_bytes`` more are there, in memory that the VAE works in; None:
+    four units. The VAE may need more than these, and what it needs it keeps.
+
+    ``stays`` are components kept on the device whole. Buffers and weights below a 512th of a unit
+    stay there too; all of these count. On exit all weights are in host memory: the same bits, the
+    small ones of a CUDA device in other memory, side by side.
     """
-    modules = list(anatomy.modules(pipe).values())
+    components = anatomy.modules(pipe)
+    modules = list(components.values())
+    vaes = {n: m for n, m in components.items() if anatomy.role(n) is Role.VAE}
+    lenders = [entry for name, module in vaes.items() for entry in entries(name, module)]
     largest_bytes = max(sum(t.nbytes for _, _, t in anatomy.tensors(m)) for m in modules)
     unit_bytes = unit_bytes or unit_bytes_for(largest_bytes)
     found = parts(pipe, stays, unit_bytes)
@@ -120,7 +161,8 @@ def streaming(
         undo.enter_context(_weighed(found, modules, device))
         settled_bytes = sum(_settle(m, device, moving) for m in modules)
         pool_bytes = None if weights_bytes is None else max(0, weights_bytes - settled_bytes)
-        streamer = Streamer(found, device, pool_bytes, unit_bytes)
+        loan_bytes = 4 * unit_bytes if loan_bytes is None else loan_bytes
+        streamer = Streamer(found, lenders, device, pool_bytes, loan_bytes, unit_bytes)
         undo.enter_context(streamer.running())
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,10 @@ class Lane(Protocol):
     """Copies in order, and events between them and the compute. Nothing here waits on the host but
     ``drain`` and ``between_s``."""
 
-    def event(self, *, timing: bool = False) -> Any: ...
+    times_replays: bool  # whether events with timing can be marked in a capture
+
+    def event(self, *, timing: bool = False) -> Any:
+        """With timing, made in a capture: each replay marks it."""
 
     def mark(self, event: Any) -> None:
         """Note how far the compute has got."""
@@ -45,11 +49,19 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.times_replays = "external" in signature(torch.cuda.Event.__new__).parameters
         self._stream = torch.cuda.Stream(device)
         self._twins: dict[int, torch.cuda.Event] | None = None  # in a capture, by id of the event
+        # Held: a capture whose events are gone when it ends takes the process with it.
+        self._in_graphs: list[torch.cuda.Event] = []
 
     def event(self, *, timing: bool = False) -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=timing)
+        if not timing or self._twins is None:
+            return torch.cuda.Event(enable_timing=timing)
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        self._in_graphs.append(event)
+        self._twins[id(event)] = event
+        return event
 
     def mark(self, event: torch.cuda.Event) -> None:
         self._recorded(event).record(torch.cuda.current_stream(self._device))
@@ -102,6 +114,8 @@ class CudaLane:
 
 class HostLane:
     """Copies at once: the same order of copies where there is no device to overlap them with."""
+
+    times_replays = True
 
     def event(self, *, timing: bool = False) -> list[float]:
         return []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from autofit.pinning import SMALLEST_BYTES
 from autofit.streaming.schedule import aligned
 
 PACKED_BYTES = 8 * 2**20  # larger weights stay where they are: their copies are long enough
@@ -22,7 +23,8 @@ def pack(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in small:
         host, size_bytes = parameter.data, aligned(parameter.nbytes)
         if at + size_bytes > slab.nbytes:
-            slab, at = torch.empty(min(SLAB_BYTES, left_bytes), dtype=torch.uint8), 0
+            slab_bytes = min(SLAB_BYTES, max(SMALLEST_BYTES, left_bytes))  # to be page-locked
+            slab, at = torch.empty(slab_bytes, dtype=torch.uint8), 0
         place = slab[at : at + host.nbytes].view(host.dtype).as_strided(host.size(), host.stride())
         parameter.data = place.copy_(host)
         at += size_bytes

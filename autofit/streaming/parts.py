@@ -78,7 +78,7 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
         (name, entry)
         for name, module in anatomy.modules(pipe).items()
         if module not in stays
-        for entry in _entries(name, module)
+        for entry in entries(name, module)
     ]
     owners = Counter(p.data_ptr() for _, entry in found for p in entry.parameters())
     small_bytes = unit_bytes // SMALL_SHARE
@@ -108,7 +108,8 @@ def unit_bytes_for(largest_part_bytes: int) -> int:
     return max(1, min(UNIT_BYTES, largest_part_bytes // UNIT_SHARE))
 
 
-def _entries(name: str, module: nn.Module) -> Iterator[nn.Module]:
+def entries(name: str, module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a component that are entered from outside."""
     if anatomy.role(name) is not Role.VAE:
         yield module
         return

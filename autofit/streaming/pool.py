@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from autofit.streaming.lanes import Lane
+from autofit.streaming.loan import Loan
 from autofit.streaming.parts import Part
 from autofit.streaming.ring import Ring
 from autofit.streaming.schedule import Schedule, ring, schedule
@@ -22,14 +23,24 @@ BUS_SAMPLE_BYTES = 512 * 2**20  # of the weights themselves, copied to measure t
 class Pool:
     """Takes its memory when it is first arranged, and keeps it until it is closed.
 
-    Without a limit it takes the least that works: what must stay, and an arena for two units.
+    Without a limit it takes the least that works: what must stay, and an arena for two units. Some
+    of the resident units lie in the loan, from each ``borrow`` to the next ``give_back``.
     """
 
     def __init__(
-        self, device: torch.device, limit_bytes: int | None, lane: Lane, script: Script
+        self,
+        device: torch.device,
+        limit_bytes: int | None,
+        lane: Lane,
+        script: Script,
+        loan: Loan | None = None,
     ) -> None:
         self._device, self._limit_bytes = device, limit_bytes
-        self._lane, self._script = lane, script
+        self._lane, self._script, self._loan = lane, script, loan
+        self._guests: list[Unit] = []  # in the loan, or on the host while it is not taken
+        self._address: int | None = None  # of the loan, when it was last taken
+        self._borrowed = False
+        self._fence = lane.event()
         self.ring = Ring(lane, script)
         self.arrangement = 0  # a number for each
         self._arranged_in = 0  # the script's image
@@ -43,6 +54,10 @@ class Pool:
     def is_open(self) -> bool:
         return self._memory is not None
 
+    def settle(self) -> None:
+        """No other arrangement will follow."""
+        self._arranged_in = -1
+
     @property
     def is_settled(self) -> bool:
         """Whether the last arrangement was for an earlier image: no other is to be expected."""
@@ -51,11 +66,51 @@ class Pool:
     def close(self) -> None:
         """Give the memory back. The weights are in host memory again, and nothing is hooked."""
         self._lane.drain()
+        self.give_back()
+        if self._loan is not None:
+            self._loan.close()
         self._hooks.close()
         self.ring.clear()
         for unit in self._bound:
             unit.unbind()
         self._bound, self._filled, self._memory = set(), {}, None
+        self._guests, self._address = [], None
+
+    def borrow(self) -> None:
+        """Have the guests on the device: the part that keeps is about to run.
+
+        Raises:
+            torch.OutOfMemoryError: the device does not hold the loan.
+        """
+        if self._borrowed or not self._guests or self._loan is None:
+            return
+        with torch.inference_mode(False):
+            memory, offset = self._loan.take(), 0
+            if self._address not in (None, memory.data_ptr()):
+                self._renumber()  # graphs know the old address
+            self._address = memory.data_ptr()
+            self.ring.moved()
+            self._lane.mark(self._fence)
+            for unit in self._guests:
+                unit.place(memory, offset)
+                offset += unit.size_bytes
+                self._bind(unit)
+                self._lane.copy(unit.places, unit.sources, self._fence, unit.ready)
+        self._borrowed = True
+
+    def give_back(self) -> None:
+        """Let the VAE have the loan, once the compute has passed the copies to it."""
+        self._borrowed = False
+        if self._loan is None or not self._loan.is_taken:
+            return
+        for unit in self._guests:
+            self._lane.wait(unit.ready)
+            unit.displace()
+        self._loan.give_back()
+
+    def _renumber(self) -> None:
+        self.arrangement += 1
+        self._arranged_in = self._script.image
 
     def arrange(self, parts: Sequence[Part], latest: Part) -> None:
         """Lay everything out anew by all that is known. ``latest`` is the part that runs now.
@@ -63,11 +118,11 @@ class Pool:
         Raises:
             torch.OutOfMemoryError: the device, or the size of the pool, does not hold the least.
         """
-        self.arrangement += 1
-        self._arranged_in = self._script.image
+        self._renumber()
         try:
             with torch.inference_mode(False):
                 self._lane.drain()
+                self.give_back()
                 self._hooks.close()
                 self.ring.clear()
                 self._lay_out(self._opened(parts), parts)
@@ -102,24 +157,47 @@ class Pool:
         keeping = next(p for p in parts if p.keeps)
         others = [u for p in parts if p is not keeping for u in p.division.order]
         spare = [u for p in parts for u in p.division.spare]
+        order = keeping.division.order
+        own_bytes = memory.nbytes - sum(u.size_bytes for u in kept)
         found = schedule(
             keeping.items(),
-            memory.nbytes - sum(u.size_bytes for u in kept),
+            own_bytes + self._loan_bytes(order),
             self._bus_bytes_s or self._measured_bus(memory, keeping),
             max((u.size_bytes for u in (*others, *spare)), default=0),
+            own_bytes,
         )
-        order = keeping.division.order
         stays = [u for u, offset in zip(order, found.offsets, strict=True) if offset is None]
+        self._guests = self._in_loan(stays)
+        stays = [u for u in stays if u not in self._guests]
         base_bytes = self._fill(memory, [*kept, *stays])
         for unit in stays:
             if unit.changes_itself:
                 self._hook(unit, lambda _: None, Unit.bind)
+        for unit in self._guests:
+            self._hook(unit, self._before_guest, self._after_guest)
+        here = {*self._filled, *self._guests}
         for part in parts:
-            part.streamed = [u for u in part.division.order if u not in self._filled]
+            part.streamed = [u for u in part.division.order if u not in here]
         self._place_streamed(memory[base_bytes:], found, keeping, parts)
         for unit in spare:
             unit.place(memory[base_bytes:], 0)
             self._hook(unit, self._before_spare, self._after_spare)
+
+    def _loan_bytes(self, order: Sequence[Unit]) -> int:
+        """What of the loan is sure to be filled, whichever of these units lie in it: less than the
+        largest is left over, or there are no more of them."""
+        largest_bytes = max((u.size_bytes for u in order), default=0)
+        return max(0, self._loan.size_bytes - largest_bytes) if self._loan else 0
+
+    def _in_loan(self, stays: Sequence[Unit]) -> list[Unit]:
+        """The resident units that lie in the loan, in order: those that run last, since they come
+        anew for every image."""
+        left_bytes, found = self._loan.size_bytes if self._loan else 0, []
+        for unit in reversed(stays):
+            if unit.size_bytes <= left_bytes:
+                found.append(unit)
+                left_bytes -= unit.size_bytes
+        return found[::-1]
 
     def _measured_bus(self, memory: torch.Tensor, part: Part) -> float:
         """Bytes a second from the weights to the pool, by copying some of them."""
@@ -188,6 +266,14 @@ class Pool:
         given what lies in the arena by then."""
         self.ring.after(unit)
         unit.unbind()
+
+    def _before_guest(self, unit: Unit) -> None:
+        self.borrow()  # some call a module of the denoiser by itself
+        self._lane.wait(unit.ready)
+
+    def _after_guest(self, unit: Unit) -> None:
+        if unit.changes_itself:
+            unit.bind()
 
     def _after_changed(self, unit: Unit) -> None:
         self.ring.after(unit)

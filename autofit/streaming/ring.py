@@ -38,6 +38,10 @@ class Ring:
         self._release()
         self._present = []
 
+    def moved(self) -> None:
+        """Something else was copied to the device."""
+        self.moves += 1
+
     def prime(self) -> None:
         """Begin to copy what the script says is next."""
         self.moves += 1

@@ -44,12 +44,17 @@ def aligned(size_bytes: int) -> int:
 
 
 def schedule(
-    items: Sequence[Item], room_bytes: int, bytes_s: float, least_arena_bytes: int = 0
+    items: Sequence[Item],
+    room_bytes: int,
+    bytes_s: float,
+    least_arena_bytes: int = 0,
+    most_arena_bytes: int | None = None,
 ) -> Schedule:
     """Share ``room_bytes`` between resident units and the arena so that a forward is fastest.
 
     ``bytes_s`` is the bandwidth of the bus; ``least_arena_bytes`` is what other components need of
-    the arena that they share. The room must hold the largest unit.
+    the arena that they share, ``most_arena_bytes`` the part of the room that it may lie in. That
+    part must hold the largest unit.
     """
     largest_bytes = max((i.size_bytes for i in items), default=0)
     total_bytes = sum(i.size_bytes for i in items)
@@ -60,7 +65,8 @@ def schedule(
     least_bytes = max(least_arena_bytes, largest_bytes)
     arenas = {max(least_bytes, int(room_bytes * share)) for share in _ARENA_SHARES}
     arenas |= {least_bytes, 2 * least_bytes, 3 * least_bytes}
-    found = [_with_arena(items, room_bytes, a, bytes_s) for a in arenas if a <= room_bytes]
+    most_bytes = room_bytes if most_arena_bytes is None else most_arena_bytes
+    found = [_with_arena(items, room_bytes, a, bytes_s) for a in arenas if a <= most_bytes]
     bar_s = min(s.forward_s for s in found) * NEARLY_AS_FAST
     return min((s for s in found if s.forward_s <= bar_s), key=lambda s: s.arena_bytes)
 

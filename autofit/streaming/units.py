@@ -81,6 +81,11 @@ class Unit:
         for weight in self.weights:
             weight.parameter.data = weight.idle
 
+    def displace(self) -> None:
+        """Leave the place in the pool, and hold no view of it."""
+        self.unbind()
+        self.offset, self.places, self._views = None, (), ()
+
     def overlaps(self, other: Unit) -> bool:
         assert self.offset is not None
         assert other.offset is not None

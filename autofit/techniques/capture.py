@@ -23,9 +23,9 @@ class NotCapturable(Exception):
 class Weights(Protocol):
     """Where the weights of a forward are, for its graphs."""
 
-    @property
     def arrangement(self) -> int | None:
-        """Graphs hold for one arrangement of the weights; None: there is none yet."""
+        """Graphs hold for one arrangement of the weights; None: there is none yet. May change
+        it."""
 
     def begin(self) -> None:
         """Before a capture, and before each replay."""
@@ -37,7 +37,8 @@ class Weights(Protocol):
 class Still:
     """Weights that stay where they are."""
 
-    arrangement = 0
+    def arrangement(self) -> int:
+        return 0
 
     def begin(self) -> None:
         pass

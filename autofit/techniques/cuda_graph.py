@@ -113,9 +113,9 @@ class _Graphs:
         return graph.run(leaves) if graph else self._found(*args, **kwargs)
 
     def drop(self) -> None:
+        self._capturer.release()  # before what a graph has inside goes away
         self._made.clear()
         self._places = None
-        self._capturer.release()
 
     def _is_plain(self) -> bool:
         """Whether a replay would do what the call asks for: it records no gradients, casts nothing
@@ -128,7 +128,7 @@ class _Graphs:
         if signature is None:
             self._tell("an argument cannot be compared with that of the next call")
             return None
-        arrangement = self.weights.arrangement
+        arrangement = self.weights.arrangement()
         if self._made and arrangement != self._arrangement:
             self.drop()
         if arrangement is None:
