@@ -23,7 +23,7 @@ from autofit import probe
 from autofit.probe import memory
 from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
 from autofit.techniques import KINDS
-from autofit.trial import InProcess, Job, Request, Worker
+from autofit.trial import InProcess, Job, Request, Worker, generate
 from autofit.trial.cap import Outside
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
 from autofit.trial.reference import Reference
@@ -88,7 +88,7 @@ class TestInProcess:
         request = Request(RESIDENT, Workload(64, 64, 40, passes=2), None)
         outcome = measurer.measure(request)
         assert isinstance(outcome, Measurement)
-        assert 6 <= outcome.steps_run == len(outcome.step_s) <= 20
+        assert 6 <= outcome.steps_run == len(outcome.step_s) <= 12
         assert outcome.image_s > 30 * min(outcome.step_s)
         weights = measurer.subject.pipeline.weight_bytes
         assert weights < outcome.phase_peak_bytes["step"] <= outcome.peak_bytes < 3 * weights
@@ -131,9 +131,28 @@ class TestInProcess:
         assert half.psnr_db is not None
         assert 15 < half.psnr_db < 99
 
+    def test_an_image_to_compare_takes_no_generation_more(
+        self, measurer: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[int] = []
+
+        def counted(pipe: Any, workload: Workload, steps: int) -> Any:
+            made.append(steps)
+            return generate(pipe, workload, steps)
+
+        image, workload = tmp_path / "reference.npz", replace(SMALL, steps=9)
+        measurer.measure(Request(RESIDENT, workload, None, output=image))
+        with monkeypatch.context() as patch:
+            patch.setattr("autofit.trial.run._Trial._track", lambda _: None)
+            patch.setattr("autofit.trial.run.TRIAL_STEPS", (7, 7))
+            patch.setattr("autofit.trial.run.generate", counted)
+            outcome = measurer.measure(Request(RESIDENT, workload, None, reference=image))
+        assert isinstance(outcome, Measurement)
+        assert (made, outcome.steps_run, outcome.psnr_db) == ([3, 7], 7, math.inf)
+
     def test_compares_images_of_as_many_steps(self, measurer: InProcess, tmp_path: Path) -> None:
         image = tmp_path / "reference.npz"
-        measurer.measure(Request(RESIDENT, replace(SMALL, steps=3), None, output=image))
+        measurer.measure(Request(RESIDENT, replace(SMALL, steps=2), None, output=image))
         outcome = measurer.measure(Request(RESIDENT, SMALL, None, reference=image))
         assert isinstance(outcome, Measurement)
         assert (outcome.steps_run, outcome.psnr_db) == (6, math.inf)

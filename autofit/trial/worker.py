@@ -5,6 +5,7 @@ python -m autofit.trial.worker CONNECTION_FD LIFE_FD
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -31,6 +32,9 @@ def serve(connection: Connection) -> None:
     except BadInput as error:
         connection.send(str(error))
         return
+    # What is there by now stays: the collection after each trial need not look through it.
+    gc.collect()
+    gc.freeze()
     connection.send(subject)
     while True:
         try:
