@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autofit import anatomy, cost, host, host_budget, probe, techniques
+from autofit import anatomy, cost, host, host_budget, probe, prompts, techniques
 from autofit.match import Match, needed_bytes
 from autofit.probe import memory
 from autofit.retrying import retrying
@@ -42,6 +42,7 @@ class Applied:
         *,
         enforce: bool = True,
         host_ram_bytes: int | None = None,
+        cache_prompts: bool = True,
     ) -> None:
         """With ``enforce`` the allocator is capped: what this process holds stays within the
         budget, and a call that needs more runs out of memory, and goes on by a leaner plan.
@@ -51,7 +52,7 @@ class Applied:
         """
         self.profile, self.match, self.plan = trusted.profile, trusted.match, trusted.profile.plan
         self._pipe, self._target, self._device = pipe, device, torch.device(device)
-        self._host_ram_bytes = host_ram_bytes
+        self._host_ram_bytes, self._cache_prompts = host_ram_bytes, cache_prompts
         facts, pipeline = probe.probe_device(device), probe.facts(pipe)
         limit_bytes = min(facts.host_limit_bytes, host_ram_bytes or facts.host_limit_bytes)
         hosted = replace(facts, host_limit_bytes=limit_bytes)
@@ -67,7 +68,7 @@ class Applied:
             stack.enter_context(parked(pipe))
             stack.enter_context(self._budget.kept())
             stack.callback(lambda: self._steps.close())
-            self._steps.enter_context(techniques.applied(self.plan, pipe, device))
+            self._steps.enter_context(self._running(self.plan))
             stack.enter_context(anatomy.attribute(pipe, "_autofit", self))
             stack.enter_context(retrying(pipe, self))
             self._undo = stack.pop_all()
@@ -117,8 +118,7 @@ class Applied:
             plan = self._leaner[0]
             try:
                 with host.granted(self._host_ram_bytes):
-                    applied = techniques.applied(plan, self._pipe, self._target)
-                    self._steps.enter_context(applied)
+                    self._steps.enter_context(self._running(plan))
             except Exception:
                 self._leaner.popleft()
                 if not self._leaner:
@@ -127,6 +127,16 @@ class Applied:
                 continue
             self._leaner.popleft()
             return plan
+
+    @contextmanager
+    def _running(self, plan: Plan) -> Iterator[None]:
+        """A plan applied. What a prompt came to is kept for as long as that plan is."""
+        with ExitStack() as undo:
+            undo.enter_context(techniques.applied(plan, self._pipe, self._target))
+            if self._cache_prompts:
+                moves = "hooks_layers" in plan.placement.traits
+                undo.enter_context(prompts.cached(self._pipe, weights_move=moves))
+            yield
 
 
 def _leaner(profile: Profile, pipeline: Pipeline) -> Iterator[Plan]:

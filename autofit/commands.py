@@ -87,7 +87,8 @@ def _show_planned(
         )
         print(json.dumps(found | {"path": str(path), "plan_s": took_s}, indent=2))
     else:
-        print(report.profile_lines(profile, planned.limit_s))
+        pays = report.break_even_json(report.break_even(profile, planned.attempts))
+        print(report.profile_lines(profile, planned.limit_s, pays))
         print(f"profile   {path}")
 
 
@@ -144,8 +145,9 @@ def run(
 
 def show(path: Path, why: bool, as_json: bool) -> None:
     profile = store.load(path)
-    reasons = store.load_why(path) if why else None
-    if why and reasons is None:
+    known = store.load_why(path) or {}
+    reasons = known if why else None
+    if why and not known:
         raise BadInput(
             f"{path}: the trials behind it are not on this machine; plan here to see them"
         )
@@ -153,7 +155,7 @@ def show(path: Path, why: bool, as_json: bool) -> None:
         data = json.loads(report.profile_json(profile))
         print(json.dumps(data if reasons is None else {"profile": data, "why": reasons}, indent=2))
         return
-    print(report.profile_lines(profile, reasons and reasons.get("limit_s")))
+    print(report.profile_lines(profile, known.get("limit_s"), known.get("break_even")))
     if reasons is not None:
         print("\n" + report.why_lines(reasons))
 

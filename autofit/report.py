@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from autofit.plain import document, plain
@@ -31,13 +31,79 @@ CAPS = {
 }
 
 
+LITTLE_SET_UP = 0.5  # of a plan's: at most this share of it is clearly less
+
+
+# ---------------------------------------------------------------- when a plan's set-up pays
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From ``images`` generations on a plan is faster, its set-up included, than each other plan of
+    its study that needs clearly less of that. ``against`` holds out longest."""
+
+    images: int
+    setup_s: float
+    against: str
+    against_setup_s: float
+    against_image_s: float
+
+
+def break_even(profile: Profile, attempts: Sequence[Attempt]) -> BreakEven | None:
+    """When a profile's set-up has paid, or None where the trials show no plan to compare with.
+
+    Seconds an image are those of the short trials, the plan's own too where the study has it: they
+    are not quite those of whole generations.
+    """
+    setup_s, image_s = profile.measured.warmup_s, profile.measured.image_s
+    others: list[tuple[Plan, Measurement]] = []
+    for attempt in attempts:
+        outcome = attempt.outcome
+        if isinstance(outcome, Measurement) and attempt.plan == profile.plan:
+            image_s = outcome.image_s
+        elif isinstance(outcome, Measurement) and outcome.peak_bytes <= profile.budget_bytes:
+            others.append((attempt.plan, outcome))
+    found = [
+        BreakEven(
+            math.floor((setup_s - other.warmup_s) / (other.image_s - image_s)) + 1,
+            setup_s,
+            plan_text(plan),
+            other.warmup_s,
+            other.image_s,
+        )
+        for plan, other in others
+        if other.warmup_s <= LITTLE_SET_UP * setup_s and other.image_s > image_s
+    ]
+    last = max(found, key=lambda b: b.images, default=None)
+    return last if last is not None and last.images > 1 else None
+
+
+def break_even_json(found: BreakEven | None) -> dict[str, Any] | None:
+    return None if found is None else asdict(found)
+
+
+def _set_up(setup_s: float, pays: Mapping[str, Any] | None, workload: Workload) -> list[str]:
+    """The seconds, and from when on they have paid: of ``break_even_json``."""
+    if pays is None:
+        return [format_seconds(setup_s)]
+    noun = "images" if workload.batch == 1 else "generations"
+    count, against = pays["images"], pays["against"]
+    return [
+        f"{format_seconds(setup_s)}: pays from {count} {noun} on against",
+        f"{against} (set-up {format_seconds(pays['against_setup_s'])})",
+    ]
+
+
 # ---------------------------------------------------------------- one profile
 
 
-def profile_lines(profile: Profile, limit_s: float | None = None) -> str:
+def profile_lines(
+    profile: Profile, limit_s: float | None = None, pays: Mapping[str, Any] | None = None
+) -> str:
     """Say what a profile does, what it costs and where that was measured, a fact a line.
 
     ``limit_s`` is the least that an image can take (``limits.py``), where its study shows that.
+    ``pays`` is ``break_even_json`` of it.
     """
     measured, budget_bytes = profile.measured, profile.budget_bytes
     share = measured.peak_bytes / budget_bytes
@@ -50,7 +116,7 @@ def profile_lines(profile: Profile, limit_s: float | None = None) -> str:
             f"{format_bytes(measured.peak_bytes)} of {format_bytes(budget_bytes)} ({share:.0%})",
         ),
         ("time", _time(measured, profile.workload), *limit),
-        ("warm-up", format_seconds(measured.warmup_s)),
+        ("set-up", *_set_up(measured.warmup_s, pays, profile.workload)),
         ("output", _output(profile.plan, measured)),
         ("measured", _how(measured)),
         ("on", _where(profile.on), CAPS[profile.on.cap]),
@@ -173,6 +239,7 @@ def study_json(
     return {
         "profile": json.loads(profile_json(profile)),
         "limit_s": limit_s,
+        "break_even": break_even_json(break_even(profile, attempts)),
         "trials": trials_json(attempts),
         "pipeline": plain(pipeline),
         "device": plain(device),
@@ -187,13 +254,19 @@ def why_json(
     attempts: Sequence[Attempt],
     ruled_out: Sequence[tuple[Technique | Plan, str]],
     limit_s: float | None = None,
+    pays: BreakEven | None = None,
 ) -> dict[str, Any]:
     """Lay out why a plan won: what was tried, and what could not be or would have done nothing.
 
     ``limit_s`` as in ``profile_lines``.
     """
     reasons = [{"technique": t.label, "reason": reason} for t, reason in ruled_out]
-    return {"limit_s": limit_s, "trials": trials_json(attempts), "ruled_out": reasons}
+    return {
+        "limit_s": limit_s,
+        "break_even": break_even_json(pays),
+        "trials": trials_json(attempts),
+        "ruled_out": reasons,
+    }
 
 
 def why_lines(why: Mapping[str, Any]) -> str:

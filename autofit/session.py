@@ -63,7 +63,9 @@ def plan(
 def keep(planned: Planned) -> Path:
     """Store what was planned, with the trials behind it. Returns the profile's path."""
     path = store.keep(planned.profile)
-    store.keep_why(path, report.why_json(planned.attempts, planned.ruled_out, planned.limit_s))
+    pays = report.break_even(planned.profile, planned.attempts)
+    why = report.why_json(planned.attempts, planned.ruled_out, planned.limit_s, pays)
+    store.keep_why(path, why)
     return path
 
 
@@ -81,6 +83,7 @@ def apply(
     effort: Effort = _EFFORT,
     verify: bool = True,
     enforce: bool = True,
+    cache_prompts: bool = True,
 ) -> Applied:
     """Make the pipe fit: apply a profile, or find the fastest plan within the budget and apply it.
 
@@ -97,6 +100,9 @@ def apply(
     plan, and so do the calls after it.
 
     ``host_ram`` bounds host memory, as in ``plan``; a profile whose plan needs more does not hold.
+
+    A prompt that comes again with the same arguments is not encoded again (``prompts.py``): its
+    embeddings are in host memory, at most 256 MiB of them. ``cache_prompts=False`` turns that off.
 
     Raises:
         BadInput: neither budget nor profile, or a profile of another pipeline, or none of whose
@@ -120,7 +126,14 @@ def apply(
             ask = _ask(pipe, target, profile.workload, goal)
             trusted = trust.given(profile, ask if verify else replace(ask, measuring=None))
         _log.info("%s", trusted.match)
-        return Applied(pipe, trusted, target, enforce=enforce, host_ram_bytes=goal.host_ram_bytes)
+        return Applied(
+            pipe,
+            trusted,
+            target,
+            enforce=enforce,
+            host_ram_bytes=goal.host_ram_bytes,
+            cache_prompts=cache_prompts,
+        )
 
 
 def default_device() -> str:

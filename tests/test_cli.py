@@ -384,7 +384,7 @@ class TestShow:
         assert shown == json.loads(planned.out)["profile"]
         with_why = json.loads(autofit("show", str(profile), "--why", "--json").out)
         assert with_why["profile"] == shown
-        assert set(with_why["why"]) == {"limit_s", "trials", "ruled_out"}
+        assert set(with_why["why"]) == {"limit_s", "break_even", "trials", "ruled_out"}
         assert with_why["why"]["limit_s"] > 0
         # of the latest study that found this plan
         kept = Path(json.loads(planned.out)["path"]).with_suffix(store.WHY)

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +16,17 @@ import torch
 import torch._dynamo.config
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from samples import device
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from autofit.architectures import build
 from autofit.probe.pipeline import facts
 from autofit.spec import BadInput, Workload
-from autofit.techniques.execution import MAX_TRACES, RegionalCompile, TracedDenoiser
+from autofit.techniques.execution import (
+    CACHE_VARIABLES,
+    MAX_TRACES,
+    RegionalCompile,
+    TracedDenoiser,
+)
 
 TINY = ["tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3"]
 WORKLOAD = Workload(64, 64, 4)
@@ -170,6 +181,7 @@ def test_compiled_blocks_give_the_eager_output() -> None:
     unet: UNet2DConditionModel = pipe.unet
     before = {m: dict(vars(m)) for m in unet.modules()}
     limit = torch._dynamo.config.recompile_limit
+    folders = {n: os.environ.get(n) for n in CACHE_VARIABLES}
     expected = _latents(pipe)
     with RegionalCompile().applied(pipe, "cpu"):
         compiled = [m for m in unet.modules() if "forward" in vars(m)]
@@ -179,6 +191,122 @@ def test_compiled_blocks_give_the_eager_output() -> None:
     assert {m: dict(vars(m)) for m in unet.modules()} == before
     assert not any(vars(p) for p in unet.parameters())
     assert torch._dynamo.config.recompile_limit == limit
+    assert {n: os.environ.get(n) for n in CACHE_VARIABLES} == folders
+
+
+COMPILE = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+from autofit.techniques.execution import RegionalCompile
+
+class Block(torch.nn.Module):
+    def forward(self, x):
+        return torch.sin(x) + x
+
+class Denoiser(torch.nn.Module):
+    _repeated_blocks = ["Block"]
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+class Pipe:
+    unet = Denoiser()
+
+with torch.no_grad(), RegionalCompile().applied(Pipe, "cpu"):
+    Pipe.unet.block(torch.ones(64))
+found = counters["inductor"] + counters["aot_autograd"]
+print(found["fxgraph_cache_hit"] + found["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("own", [False, True], ids=["in the cache folder", "where the user says"])
+def test_what_was_compiled_is_found_by_the_next_process(own: bool, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++")
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    environment = {n: v for n, v in os.environ.items() if n not in CACHE_VARIABLES}
+    environment["AUTOFIT_HOME"] = str(home)
+    if own:
+        environment[CACHE_VARIABLES[0]] = str(elsewhere)
+    hits = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", COMPILE],
+                env=environment,
+                cwd=Path(__file__).parent.parent,
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
+        for _ in range(2)
+    ]
+    assert hits[0] == 0
+    assert hits[1] > 0
+    assert (home / "cache" / "inductor").is_dir() is not own
+    assert elsewhere.is_dir() is own
+
+
+class TestTheCompileCache:
+    NAME = CACHE_VARIABLES[0]
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+        for name in CACHE_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        return tmp_path
+
+    def applied(self) -> Any:
+        return RegionalCompile().applied(build("tiny-sd"), "cpu")
+
+    def test_is_the_users_until_the_undo(self, home: Path) -> None:
+        before = dict(os.environ)
+        with self.applied():
+            assert os.environ[self.NAME] == str(home / "cache" / "inductor")
+            os.environ[CACHE_VARIABLES[1]] = "as torch sets it"
+        assert dict(os.environ) == before
+
+    def test_of_the_user_stays(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(self.NAME, found := f"{home}/of/../elsewhere")
+        with self.applied():
+            assert os.environ[self.NAME] in (found, f"{home}/elsewhere")  # torch writes it anew
+        assert os.environ[self.NAME] == found
+        assert not (home / "cache").exists()
+
+    def test_of_torch_itself_is_nobodys_choice(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It writes its default into the environment when it is imported."""
+        default = default_cache_dir()
+        for name, path in zip(CACHE_VARIABLES, (default, f"{default}/triton/0"), strict=True):
+            monkeypatch.setenv(name, path)
+        before = dict(os.environ)
+        with self.applied():
+            assert os.environ[self.NAME] == str(home / "cache" / "inductor")
+            assert CACHE_VARIABLES[1] not in os.environ
+        assert dict(os.environ) == before
+
+    def test_of_two_pipes_ends_with_the_last(self) -> None:
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(self.applied())
+        second.enter_context(self.applied())
+        first.close()
+        assert self.NAME in os.environ
+        second.close()
+        assert self.NAME not in os.environ
+
+    def test_that_cannot_be_made_is_torchs(self, home: Path) -> None:
+        (home / "cache").write_text("a file")
+        with self.applied():
+            assert os.environ.get(self.NAME, default_cache_dir()) == default_cache_dir()
+        assert self.NAME not in os.environ
+
+    def test_a_plan_that_compiles_nothing_needs_none(self, home: Path) -> None:
+        with TracedDenoiser().applied(build("tiny-sd"), "cpu"):
+            assert self.NAME not in os.environ
+        assert not (home / "cache" / "inductor").exists()
 
 
 def test_the_compiled_forward_found_comes_back() -> None:

@@ -37,6 +37,74 @@ def result(outcome: Outcome, plan: Plan = samples.SLOW) -> str:
     return next(row[-1] for row in rows([best, Attempt(plan, outcome)]) if row[0] == "2")
 
 
+# ---------------------------------------------------------------- when a plan's set-up pays
+
+
+def trial(plan: Plan, image_s: float, warmup_s: float, peak_bytes: int = 10**9) -> Attempt:
+    return Attempt(
+        plan, samples.measurement(image_s=image_s, warmup_s=warmup_s, peak_bytes=peak_bytes)
+    )
+
+
+def pays(*attempts: Attempt, image_s: float = 1.0, setup_s: float = 24.0) -> Any:
+    measured = samples.measurement(image_s=image_s, warmup_s=setup_s)
+    return report.break_even(samples.profile(measured=measured), attempts)
+
+
+SLICED = Plan((KINDS["sliced_vae"](), samples.RESIDENT))
+
+
+def test_a_set_up_pays_from_the_first_image_that_is_sooner_done() -> None:
+    found = pays(trial(samples.SLOW, 1.4, 0.0))
+    assert found == report.BreakEven(61, 24.0, "model_offload", 0.0, 1.4)
+    for images in (60, 61):
+        assert (24.0 + images * 1.0 < images * 1.4) is (images == 61)
+
+
+def test_a_set_up_has_paid_when_no_plan_with_clearly_less_of_it_is_ahead() -> None:
+    early, late = trial(samples.SLOW, 3.0, 0.5), trial(SLICED, 1.25, 4.0)
+    compiled_too = trial(Plan((KINDS["sdpa"]("math"), samples.RESIDENT)), 1.01, 20.0)
+    assert pays(early, late, compiled_too) == pays(late)
+    assert pays(late) == report.BreakEven(81, 24.0, "sliced_vae + resident", 4.0, 1.25)
+
+
+def test_short_trials_are_compared_with_short_trials() -> None:
+    """A whole generation takes somewhat longer than a short trial says."""
+    own, other = trial(samples.FAST, 1.0, 30.0), trial(samples.SLOW, 1.4, 0.0)
+    assert pays(other, own, image_s=1.2) == pays(other)
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [
+        [],
+        [trial(samples.FAST, 1.1, 0.1)],  # itself
+        [Attempt(samples.SLOW, OUT_OF_MEMORY)],
+        [trial(samples.SLOW, 1.4, 0.0, peak_bytes=5 * samples.GIB)],  # over the budget
+        [trial(samples.SLOW, 0.9, 0.0)],  # it did not pass where it was verified
+        [trial(samples.SLOW, 30.0, 1.0)],  # with the first image
+    ],
+    ids=["none", "itself", "failed", "over budget", "faster", "at once"],
+)
+def test_nothing_is_said_of_a_set_up_without_a_plan_to_compare_with(
+    attempts: list[Attempt],
+) -> None:
+    assert pays(*attempts) is None
+    assert report.why_json(attempts, [])["break_even"] is None
+
+
+def test_when_a_set_up_pays_is_said_beside_it() -> None:
+    found = pays(trial(samples.SLOW, 1.4, 0.125))
+    data = json.loads(json.dumps(report.why_json([], [], pays=found)["break_even"]))
+    profile = samples.profile(measured=samples.measurement(warmup_s=24.0))
+    lines = report.profile_lines(profile, pays=data).splitlines()
+    assert lines[lines.index("set-up    24 s: pays from 60 images on against") + 1] == (
+        "          model_offload (set-up 0.125 s)"
+    )
+    several = samples.profile(workload=Workload(512, 512, 50, batch=4))
+    assert "pays from 60 generations on" in report.profile_lines(several, pays=data)
+
+
 # ---------------------------------------------------------------- one profile
 
 
@@ -48,7 +116,7 @@ def test_a_profile_says_what_it_does_and_costs() -> None:
         "          resident",
         "peak      3.42 GiB of 4.00 GiB (85%)",
         "time      0.865 s a generation: encode 12.1 ms, 16.5 ms a step, decode 41.2 ms",
-        "warm-up   4.75 s",
+        "set-up    4.75 s",
         "output    lossy, PSNR 41.2 dB against resident",
         "measured  in whole generations: 0.865 s, 0.865 s",
         "on        NVIDIA H200, 139.80 GiB, capability 9.0",
@@ -117,7 +185,13 @@ def test_sizes_in_a_plan_are_shown_in_units() -> None:
     assert rows([Attempt(plan, samples.measurement())])[0][1] == "streamed(weights=7.20 GiB)"
     (trial,) = report.trials_json([Attempt(plan, samples.measurement())])
     assert trial["plan"] == [
-        {"technique": "streamed", "weights_bytes": 7_730_941_133, "unit_bytes": None}
+        {
+            "technique": "streamed",
+            "weights_bytes": 7_730_941_133,
+            "unit_bytes": None,
+            "borrows": False,
+            "borrowed_bytes": None,
+        }
     ]
 
 
@@ -204,6 +278,7 @@ def test_a_device_is_shown_with_its_rates() -> None:
         "9.0",
         "51.22 GiB/s",
         "710 TFLOP/s",
+        "45 us",
         "float16 at head size 40, 80",
         "580.95.05",
     ):

@@ -6,11 +6,15 @@ import functools
 import importlib.util
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+import platformdirs
 
 from autofit import anatomy
 from autofit.lazy import nn, pytree, torch
@@ -31,6 +35,8 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 # A UNet's blocks have several widths, each compiled for a batch of one, for more, and for other
 # image sizes: more than torch's limit of 8, past which a whole graph is an error.
 RECOMPILE_LIMIT = 64
+# torch's own: the folder of all that it compiles, and of Triton's kernels, else in the first
+CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 _TENSOR = object()  # stands for a tensor where constants are listed
 
 
@@ -204,11 +210,84 @@ class RegionalCompile(Technique):
             # called, which costs time and changes no result.
             stack.callback(torch.compiler.reset)
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
+            stack.enter_context(_COMPILED.kept())
             for module in denoiser.modules():
                 if type(module).__name__ in denoiser._repeated_blocks:
                     forward = torch.compile(module.forward, fullgraph=True, mode=self.mode)
                     stack.enter_context(anatomy.attribute(module, "forward", forward))
             yield
+
+
+class _Compiled:
+    """Where torch keeps what it compiled: in autofit's cache folder, from run to run, unless the
+    user has named another folder. Its own default is a temporary one.
+
+    The variables are the process's: whoever enters first sets them, and whoever leaves last puts
+    back what was found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._undo.enter_context(_environment_held(CACHE_VARIABLES))
+                _name_cache_folder()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._undo.close()
+
+
+_COMPILED = _Compiled()
+
+
+def _name_cache_folder() -> None:
+    """torch writes its default into the variables as soon as it is asked for: that names nothing
+    of the user's."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    default = Path(default_cache_dir()).absolute()
+    named = {n: os.environ[n] for n in CACHE_VARIABLES if n in os.environ}
+    own = [n for n, path in named.items() if not Path(path).is_relative_to(default)]
+    if CACHE_VARIABLES[0] in own or (folder := _cache_folder()) is None:
+        return
+    for name in named.keys() - own:
+        del os.environ[name]
+    os.environ[CACHE_VARIABLES[0]] = str(folder)
+
+
+def _cache_folder() -> Path | None:
+    """In the folder where the device's probe is; None where it cannot be made."""
+    home = os.environ.get("AUTOFIT_HOME")
+    base = Path(home) / "cache" if home else Path(platformdirs.user_cache_dir("autofit"))
+    folder = (base / "inductor").absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder
+
+
+@contextmanager
+def _environment_held(names: Iterable[str]) -> Iterator[None]:
+    found = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
