@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from typing import Any
 
@@ -11,13 +13,13 @@ import torch
 from conftest import Pipes
 from snapshots import differences, snapshot
 
-from autofit import probe, techniques
+from autofit import anatomy, probe, techniques
 from autofit.spec import BadInput, Device, Pipeline, Plan, Slot, Technique, Workload
 from autofit.techniques import CANDIDATES
 from autofit.trial import generate
 
 WORKLOAD = Workload(64, 64, 2, batch=2, passes=2)
-PLANS = 6  # a pipeline
+PLANS = int(os.environ.get("AUTOFIT_RANDOM_PLANS", "6"))  # a pipeline
 # Compiling to C++ takes half a minute a plan here; the contract suite applies it to every pipeline.
 LEFT_OUT = ("regional_compile", "cuda_graph(compiled)")
 
@@ -53,6 +55,7 @@ def test_any_legal_plan_is_applied_used_and_undone(
     model: str, pipes: Pipes, device: str, plans: list[Plan]
 ) -> None:
     pipe: Any = pipes[model]
+    held_bytes = left_bytes(device)
     for plan in plans:
         # their weights come back in other memory
         addresses = plan.placement.name not in ("model_offload", "streamed")
@@ -64,3 +67,19 @@ def test_any_legal_plan_is_applied_used_and_undone(
         assert np.isfinite(images).all(), plan.label
         assert np.allclose(images, again, atol=0.02), plan.label
         assert differences(before, snapshot(pipe, memory=addresses)) == [], plan.label
+        assert not any(t.is_pinned() for t in weights(pipe)), plan.label
+        # a library's workspace may be there that was not
+        assert left_bytes(device) <= held_bytes + 2**26, plan.label
+
+
+def weights(pipe: Any) -> list[torch.Tensor]:
+    return [t for m in anatomy.modules(pipe).values() for _, _, t in anatomy.tensors(m)]
+
+
+def left_bytes(device: str) -> int:
+    """On the device, of live tensors."""
+    if device == "cpu":
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
