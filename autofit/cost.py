@@ -81,6 +81,7 @@ def predict(
         left = left_bytes(plan, facts, workload, phase, basis)
         taken_bytes = int(fragmentation(device) * (used_bytes + left))
         if phase is Phase.STEP:
+            left = int(fragmentation(device) * left)
             taken_bytes -= min(left, borrowed_bytes(plan.placement, facts))
         phase_bytes[phase] = weight_bytes(plan, facts, phase) + taken_bytes
     phase_s = {p: seconds(plan, facts, device, workload, p, basis) for p in Phase}
@@ -127,6 +128,7 @@ def fitted(
         return plan
     least_bytes = predict(plan, pipeline, device, workload, basis).peak_bytes
     decode_bytes = activation_bytes(plan, plan.facts(pipeline), workload, Phase.DECODE, basis)
+    decode_bytes = int(fragmentation(device) * decode_bytes)
     return filled(plan, pipeline, least_bytes, decode_bytes, budget_bytes)
 
 
@@ -134,8 +136,8 @@ def filled(
     plan: Plan, pipeline: Pipeline, least_bytes: int, decode_bytes: int, budget_bytes: int
 ) -> Plan | None:
     """Give an open plan the weights that the budget leaves. ``least_bytes`` is its predicted peak
-    with the fewest; None where even these are too many. ``decode_bytes`` are the activations of
-    the decode."""
+    with the fewest; None where even these are too many. ``decode_bytes`` is what the allocator
+    needs for the activations of the decode."""
     facts = plan.facts(pipeline)
     beside_bytes = least_bytes - held_bytes(plan.placement, facts)
     room_bytes = int(budget_bytes * (1 - MARGIN)) - beside_bytes

@@ -105,12 +105,12 @@ class Forecaster:
         """Predict a plan; one whose placement is open holds the least."""
         facts, phases = plan.facts(self._pipeline), self._phases(plan)
         phase_bytes = {
-            p: plan.placement.resident_bytes(facts, p) + int(FRAGMENTS[p] * f.activation_bytes)
+            p: plan.placement.resident_bytes(facts, p) + _taken_bytes(p, f)
             for p, f in phases.items()
         }
         if plan.placement.borrows:  # what the decode takes stays taken
-            decode_bytes = int(FRAGMENTS[Phase.DECODE] * phases[Phase.DECODE].activation_bytes)
-            left_bytes = decode_bytes - cost.borrowed_bytes(plan.placement, facts)
+            left_bytes = _taken_bytes(Phase.DECODE, phases[Phase.DECODE])
+            left_bytes -= cost.borrowed_bytes(plan.placement, facts)
             phase_bytes[Phase.STEP] += max(0, left_bytes)
         phase_s = {p: self._seconds(plan, facts, p, f) for p, f in phases.items()}
         image_s = cost.image_s(phase_s, self._workload.steps)
@@ -159,7 +159,7 @@ class Forecaster:
         if not opened.placement.is_open:
             return opened
         least_bytes = self.predict(opened).peak_bytes
-        decode_bytes = self._phases(opened)[Phase.DECODE].activation_bytes
+        decode_bytes = _taken_bytes(Phase.DECODE, self._phases(opened)[Phase.DECODE])
         return cost.filled(opened, self._pipeline, least_bytes, decode_bytes, budget_bytes)
 
     def _seconds(self, plan: Plan, facts: Pipeline, phase: Phase, phase_facts: PhaseFacts) -> float:
@@ -167,3 +167,8 @@ class Forecaster:
         hooks_s = traffic.hooks * cost.HOOK_S
         busy_s = roofline.seconds(phase_facts, self._device, hooks_s)
         return cost.moved_s(busy_s, traffic, facts, self._device, phase)
+
+
+def _taken_bytes(phase: Phase, facts: PhaseFacts) -> int:
+    """What the allocator needs for the activations of a phase."""
+    return int(FRAGMENTS[phase] * facts.activation_bytes)

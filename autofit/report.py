@@ -114,6 +114,7 @@ def profile_lines(
         (
             "peak",
             f"{format_bytes(measured.peak_bytes)} of {format_bytes(budget_bytes)} ({share:.0%})",
+            *(["so tight that cuDNN had to take slower kernels"] if measured.starved else []),
         ),
         ("time", _time(measured, profile.workload), *limit),
         ("set-up", *_set_up(measured.warmup_s, pays, profile.workload)),

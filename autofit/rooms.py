@@ -19,6 +19,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 REFITS = 3  # trials of one plan beyond its first
 STEP = 0.02  # of the budget: a failed plan gives up that much, unused bytes below are left
+STARVED = 3  # steps: workspaces are larger than what a peak is mispredicted by
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,21 @@ class Rooms:
         self._high = np.full(count, np.inf)  # and must not have more
         self._failed = np.full(count, np.inf)  # the fewest that were too many
         self._beside_bytes = np.full(count, np.nan)  # as measured
+        self._starved = np.zeros(count, dtype=bool)
         self._known: dict[tuple[int, int, int], Fit] = {}
 
     def fits(self, beside_bytes: Floats, decode_bytes: Floats) -> Fits:
         """Fit every open plan to the budget; ``beside_bytes`` is predicted, and gives way to what
         was measured. Where too little is left, a plan gets the least it can do with.
-        ``decode_bytes`` are the activations of its decode."""
+        ``decode_bytes`` is what the allocator needs for the activations of its decode."""
         seen = np.isfinite(self._beside_bytes)
         beside_bytes = np.where(seen, self._beside_bytes, beside_bytes)
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes
-        rooms = np.maximum(np.minimum(left_bytes, self._high), self.least_bytes).astype(int)
-        spare = np.where(self._borrows[self._kind], decode_bytes, 0).astype(int)
+        wanted = np.minimum(left_bytes, self._high)
+        rooms = np.maximum(wanted, self.least_bytes).astype(int)
+        # The decode may take less than predicted: not all of that is borrowed where it is short.
+        spare = np.maximum(0, decode_bytes - (rooms - wanted))
+        spare = np.where(self._borrows[self._kind], spare, 0).astype(int)
         keys = zip(self._kind.tolist(), rooms.tolist(), spare.tolist(), strict=True)
         return Fits([self._fit(*key) for key in keys], beside_bytes)
 
@@ -109,7 +114,10 @@ class Rooms:
         step_bytes = int(STEP * self._budget_bytes)
         if isinstance(outcome, Measurement):
             self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
-            if outcome.peak_bytes <= self._budget_bytes:
+            if outcome.starved and not self._starved[i]:
+                self._starved[i] = True  # once: some ask for what no budget has
+                step_bytes = STARVED * step_bytes
+            elif outcome.peak_bytes <= self._budget_bytes:
                 self._low[i] = weights_bytes + step_bytes
                 # Now it is known what fits: an earlier guess need not stay a whole step away.
                 self._high[i] = self._failed[i] - step_bytes // 4

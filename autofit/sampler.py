@@ -118,6 +118,7 @@ class PlanSampler(BaseSampler):
         )
         self._open = np.zeros(len(task.plans), dtype=bool)
         self._open[self._surrogate.open_numbers()] = True
+        self._borrows = np.array([plan.placement.borrows for plan in task.plans], dtype=bool)
         self._choices = _Choices(task.plans, task.pipeline, task.workload)
         self._failed_hopes = 0  # since the last gain
         self._tie_break = np.array(
@@ -209,6 +210,8 @@ class PlanSampler(BaseSampler):
         untried[list(self.held)] = False
         untried &= ~(self._choices.banned() | self._surrogate.impossible())
         peak_bytes, budget_bytes = self._surrogate.peak_bytes(), self.task.budget_bytes
+        # What a plan gains by borrowing rests on the memory that it would lack.
+        untried &= ~self._borrows | (peak_bytes <= budget_bytes * NEAR)
         fits = untried & (peak_bytes <= budget_bytes * np.where(self._open, FAR, NEAR))
         best = best_attempt(self.attempts, self.task)
         if best is not None and isinstance(best.outcome, Measurement):

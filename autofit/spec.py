@@ -341,7 +341,7 @@ class Placement(Technique):
         self, pipeline: Pipeline, room_bytes: int, decode_bytes: int = 0
     ) -> Placement | None:
         """This, set to use ``room_bytes`` for weights; None where it cannot do with so few.
-        ``decode_bytes`` are the activations of the decode."""
+        ``decode_bytes`` is what the allocator needs for the activations of the decode."""
         return self
 
     @abstractmethod
@@ -436,6 +436,7 @@ class Measurement:
     verified: bool = False
     psnr_db: float | None = None  # against the reference output; None where there was none
     reference: str | None = None  # the plan that made the reference
+    starved: int = 0  # allocations refused and done without: cuDNN takes a slower kernel then
 
 
 class Why(StrEnum):

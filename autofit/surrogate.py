@@ -34,6 +34,7 @@ MORE_THAN_HAD = 1.15  # a phase that ran out of memory needs at least this much 
 # The same for an open plan, whose next trial shows by how much: so that it fits, and is measured.
 FAR_MORE = 1.5
 HOPE = 0.25  # by how much a choice never seen, or compute never waited for, may be faster
+BORROWED_TOO = 1.01  # times what was borrowed; more than that of a decode is its own
 BUS_BOUND = 1.1  # a phase that takes up to this times its transfers waited for them, not compute
 
 
@@ -73,9 +74,12 @@ class Surrogate:
     def least_bytes(self) -> Floats:
         """Predicted peak of every plan, of the open ones with the least weights."""
         fragmentation = np.full(len(self._facts), statistics.median(self._fragmentation))
-        if self._open_fragmentation:
-            fragmentation[self._rooms.numbers] = statistics.median(self._open_fragmentation)
+        fragmentation[self._rooms.numbers] = self._open_fragments()
         return self._live_bytes(fragmentation) + self._outside_bytes
+
+    def _open_fragments(self) -> float:
+        """Bytes that the allocator holds for a byte of an open plan's activations."""
+        return statistics.median(self._open_fragmentation or self._fragmentation)
 
     def impossible(self) -> Bools:
         """Plans with a phase that ran out of memory just so in another plan."""
@@ -85,9 +89,10 @@ class Surrogate:
     def fits(self) -> Fits:
         if self._fits is None:
             rooms, decode = self._rooms, self.tables[Phase.DECODE]
-            decode_bytes = decode.activations.values()[decode.index] - ACTIVATION_FLOOR
+            live_bytes = decode.activations.values()[decode.index[rooms.numbers]]
+            decode_bytes = self._open_fragments() * (live_bytes - ACTIVATION_FLOOR)
             beside_bytes = self.least_bytes()[rooms.numbers] - rooms.least_bytes
-            self._fits = rooms.fits(beside_bytes, decode_bytes[rooms.numbers])
+            self._fits = rooms.fits(beside_bytes, decode_bytes)
         return self._fits
 
     def placement(self, number: int) -> Placement | None:
@@ -128,9 +133,6 @@ class Surrogate:
         parts = [t.staying_bytes() for p, t in self.tables.items() if p is not phase]
         return np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
-    def _borrowed_bytes(self, number: int, plan: Plan) -> int:
-        return cost.borrowed_bytes(plan.placement, self._facts[number])
-
     # What it learns
 
     def learn(self, number: int, plan: Plan, outcome: Outcome, best_s: float | None) -> None:
@@ -155,12 +157,15 @@ class Surrogate:
             Phase.STEP: steps_s / self.workload.steps,  # some schedulers call the denoiser oftener
             Phase.DECODE: outcome.decode_s,
         }
+        borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])
         for phase, table in self.tables.items():
             row = table.index[number]
             self._learn_seconds(number, plan, phase, spent_s[phase])
             live_bytes = outcome.phase_peak_bytes.get(phase.value, 0)
-            held_bytes = cost.weight_bytes(plan, self._facts[number], phase)
-            table.activations.learn(row, max(ACTIVATION_FLOOR, live_bytes - held_bytes))
+            used_bytes = live_bytes - cost.weight_bytes(plan, self._facts[number], phase)
+            # What was borrowed is still there when a decode begins: less than that is not seen.
+            if phase is not Phase.DECODE or used_bytes > BORROWED_TOO * borrowed_bytes:
+                table.activations.learn(row, max(ACTIVATION_FLOOR, used_bytes))
         self._learn_overheads(number, plan, outcome)
 
     def _learn_seconds(self, number: int, plan: Plan, phase: Phase, spent_s: float) -> None:
@@ -180,10 +185,11 @@ class Surrogate:
         """What the allocator held beyond live tensors, for a byte of activations in that phase."""
         self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
         # The allocator does not count as live what stays: nobody may have it, but it is free.
+        if plan.placement.borrows:
+            return  # the allocator holds what was borrowed whether a decode fills it or not
         left = {p: float(self._left_bytes(p)[number]) for p in Phase}
-        idle = left | {Phase.STEP: max(0.0, left[Phase.STEP] - self._borrowed_bytes(number, plan))}
-        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + idle[p])
-        live_bytes = outcome.phase_peak_bytes[highest.value] + idle[highest]
+        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + left[p])
+        live_bytes = outcome.phase_peak_bytes[highest.value] + left[highest]
         table = self.tables[highest]
         activations = table.activations.values()[table.index[number]] + left[highest]
         extra_bytes = outcome.peak_bytes - outcome.non_torch_bytes - live_bytes
@@ -203,7 +209,8 @@ class Surrogate:
             weight_bytes = cost.weight_bytes(plan, self._facts[number], phase)
             left_bytes = self._left_bytes(phase)
             if phase is Phase.STEP:
-                left_bytes = np.maximum(0, left_bytes - self._borrowed_bytes(number, plan))
+                borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])
+                left_bytes = np.maximum(0, left_bytes - borrowed_bytes)
             if not narrowable:
                 if outcome.phase:
                     table.refuse(number, left_bytes)

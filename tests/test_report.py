@@ -322,3 +322,12 @@ def test_trials_as_plain_data() -> None:
         "phase": "decode",
         "needed_bytes": 9_771_050_598,
     }
+
+
+def test_a_peak_so_tight_that_kernels_are_slower_is_said() -> None:
+    def lines(starved: int) -> str:
+        measured = samples.measurement(starved=starved)
+        return report.profile_lines(samples.profile(measured=measured))
+
+    assert "so tight that cuDNN had to take slower kernels" in lines(2)
+    assert "so tight" not in lines(0)

@@ -7,7 +7,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import samples
 from test_search import storage
 from worlds import (
     CARD,
@@ -23,7 +25,7 @@ from worlds import (
 )
 
 from autofit import cost
-from autofit.rooms import REFITS, STEP
+from autofit.rooms import REFITS, STARVED, STEP, Rooms
 from autofit.sampler import MIN_GAIN, PlanSampler, Task, ranking
 from autofit.search import Found, Limits, search
 from autofit.spec import (
@@ -285,3 +287,19 @@ def test_tens_of_thousands_of_plans_are_predicted_in_tens_of_milliseconds() -> N
     start = time.perf_counter()
     surrogate.peak_bytes(), surrogate.image_s(), surrogate.again()
     assert time.perf_counter() - start < 0.1
+
+
+def test_a_trial_that_was_starved_is_tried_with_fewer_weights_once() -> None:
+    """cuDNN does without the workspace that it is refused, and takes a slower kernel."""
+    budget = gib(8)
+    rooms = Rooms([Plan((STREAMED,))], [FLUX], CARD, budget)
+    beside, decode = np.array([float(gib(2))]), np.array([0.0])
+    first = int(rooms.fits(beside, decode).weights_bytes[0])
+    starved = replace(samples.measurement(peak_bytes=budget - 10), starved=2)
+    rooms.learn(0, first, starved)
+    second = int(rooms.fits(beside, decode).weights_bytes[0])
+    assert second == first - STARVED * int(STEP * budget)
+    assert rooms.again(rooms.fits(beside, decode)).all()
+    rooms.learn(0, second, replace(starved, peak_bytes=budget - 10 - (first - second)))
+    third = int(rooms.fits(beside, decode).weights_bytes[0])
+    assert second <= third < first  # as after any that fits

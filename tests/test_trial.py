@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -378,3 +379,23 @@ class TestWorker:
     def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
         with pytest.raises(BadInput, match="Did you mean tiny-sd"):
             Worker(Job("tiny-ds", None, "cpu"))
+
+
+@pytest.mark.gpu
+def test_an_allocation_that_is_refused_and_done_without_is_counted(pipes: Pipes) -> None:
+    """As cuDNN's workspaces are: nobody hears of it but the allocator."""
+    pipe, device = pipes["tiny-sd"], torch.device("cuda:0")
+    with KINDS["resident"]().applied(pipe, "cuda:0"), torch.no_grad():
+        for asks in (0, 2):
+
+            def refused(*_: Any, asks: int = asks) -> None:
+                for _ in range(asks):
+                    with contextlib.suppress(torch.OutOfMemoryError):
+                        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+
+            handle = pipe.vae.decoder.register_forward_pre_hook(refused)
+            meter = Meter(pipe, device)
+            with meter.running():
+                generate(pipe, Workload(64, 64, 2), 2)
+            handle.remove()
+            assert meter.starved == asks

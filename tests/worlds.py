@@ -144,14 +144,16 @@ class World:
         held_bytes = cost.held_bytes(plan.placement, facts)
         beside_bytes = max(reserved.values()) - held_bytes
         room_bytes = self.budget_bytes - cost.outside_bytes(CARD) - math.ceil(beside_bytes)
-        decode_bytes = int(live[Phase.DECODE]) - held_bytes
+        decode_bytes = math.ceil(self.bent.reserved * (live[Phase.DECODE] - held_bytes))
         placement = plan.placement.fitted(facts, room_bytes, decode_bytes)
         return self.truth(plan if placement is None else cost.placed(plan, placement))
 
     def truth(self, plan: Plan) -> Outcome:
         live, reserved = self._needs(plan)
         outside_bytes = cost.outside_bytes(CARD)
-        for phase in Phase:
+        # What the decode takes is there from the first image's decode on.
+        order = reversed(Phase) if plan.placement.borrows else Phase
+        for phase in order:
             needed_bytes = int(reserved[phase]) + outside_bytes
             if needed_bytes > self.budget_bytes:
                 return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", phase, needed_bytes)

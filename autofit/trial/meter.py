@@ -95,6 +95,7 @@ class Meter:
         self.phase = Phase.ENCODE
         self.phase_bytes: dict[str, int] = {}
         self.reserved_bytes = 0  # the allocator's highest, all phases
+        self.starved = 0  # allocations that were refused, and nobody raised it
         self._watch = Stopwatch(device)
         self._steps = 0
         self._decoding = False
@@ -112,10 +113,12 @@ class Meter:
                 decode = self._wrapped_decode(vae.decode)
                 stack.enter_context(anatomy.attribute(vae, "decode", decode))
             self._reset_peak()
+            refused = self._refused()
             self._watch.mark()
             yield
             self._watch.mark()
             self._close_phase(self.phase)
+            self.starved = self._refused() - refused
 
     def _on_denoiser(self, *_: Any) -> None:
         if self.phase is Phase.ENCODE:
@@ -155,6 +158,12 @@ class Meter:
             return allocated, torch.cuda.max_memory_reserved(self.device)
         live_bytes = self.tracker.peak_bytes if self.tracker else 0
         return live_bytes, live_bytes
+
+    def _refused(self) -> int:
+        """How often the allocator had no memory, in this process."""
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":

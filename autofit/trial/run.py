@@ -268,6 +268,7 @@ class _Trial:
             verified=bool(runs_s),
             psnr_db=psnr_db,
             reference=self.reference.plan if self.reference and psnr_db is not None else None,
+            starved=sum(m.starved for m in self.meters),
         )
 
     def _phase_peaks(self) -> dict[str, int]:
