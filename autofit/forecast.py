@@ -110,6 +110,7 @@ class Forecaster:
         }
         if plan.placement.borrows:  # what the decode takes stays taken
             left_bytes = _taken_bytes(Phase.DECODE, phases[Phase.DECODE])
+            phase_bytes[Phase.ENCODE] += left_bytes
             left_bytes -= cost.borrowed_bytes(plan.placement, facts)
             phase_bytes[Phase.STEP] += max(0, left_bytes)
         phase_s = {p: self._seconds(plan, facts, p, f) for p, f in phases.items()}

@@ -107,6 +107,18 @@ def test_what_is_borrowed_comes_once_an_image_and_not_every_step(
     assert saved > 0.6 * (STEPS - 1) * borrows.borrowed_bytes
 
 
+@pytest.mark.parametrize("share", [0.9, 2.0])
+def test_no_more_is_borrowed_than_its_own_memory_does_not_hold(
+    share: float, pipes: Pipes, device: str, copies: list[int]
+) -> None:
+    pipe = pipes["tiny-sd"]
+    borrows = borrowing(pipe, share, 0.8)
+    without = Streamed(borrows.weights_bytes, UNIT_BYTES)
+    most = moved_bytes(pipe, device, copies, without)
+    assert moved_bytes(pipe, device, copies, borrows) <= most
+    assert (most == 0) == (share == 2.0)
+
+
 def test_the_decode_has_the_memory(pipes: Pipes, device: str, loans: list[Loan]) -> None:
     pipe = pipes["tiny-sd"]
     taken: dict[str, list[bool]] = {"unet": [], "vae": []}

@@ -18,7 +18,8 @@ from streaming_nets import noted, size_of
 
 from autofit import anatomy, probe, techniques
 from autofit.spec import Plan, Technique, Workload
-from autofit.streaming.parts import SMALL_SHARE
+from autofit.streaming import engine
+from autofit.streaming.parts import SMALL_SHARE, Part, parts
 from autofit.techniques.guidance import TwoPasses
 from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
 from autofit.techniques.placement import Resident
@@ -151,11 +152,13 @@ def test_with_other_techniques(
 
 @pytest.mark.parametrize(("name", "streams"), [("tiny-sd", True), ("tiny-sdxl", False)])
 def test_a_float16_vae_streams_unless_it_is_cast_to_decode(
-    name: str, streams: bool, pipes: Pipes, device: str
+    name: str, streams: bool, pipes: Pipes, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = pipes[name]
+    pipe, found = pipes[name], list[Part]()
+    monkeypatch.setattr(engine, "parts", lambda *asked: found.extend(parts(*asked)) or found)
     with HalfPrecision("float16").applied(pipe, device), Streamed().applied(pipe, device):
-        assert ("forward" in vars(pipe.vae.decoder)) is streams
+        decoder = next(p for p in found if p.module is pipe.vae.decoder)
+        assert bool(decoder.parameters) is streams
         assert probe.facts(pipe).vae_upcasts is not streams
 
 

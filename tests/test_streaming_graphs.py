@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autofit import anatomy, techniques
+from autofit import anatomy, prompts, techniques
 from autofit.spec import Plan
 from autofit.streaming import engine
 from autofit.streaming.lanes import HostLane, Tensors
@@ -37,6 +37,7 @@ from autofit.techniques import cuda_graph, images_to_settle
 from autofit.techniques.capture import Capturer, Weights
 from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.placement import Resident
+from autofit.techniques.precision import HalfPrecision
 from autofit.techniques.streamed import Streamed
 
 __all__ = ["plain"]  # a fixture
@@ -311,3 +312,44 @@ def _not_capturable(capture: Any) -> Any:
             raise cuda_graph.NotCapturable(f"its capture failed: {error}") from error
 
     return wrapped
+
+
+def test_an_image_ends_where_no_encoder_runs_and_no_vae_streams(
+    pipes: Pipes, device: str, replays: Any
+) -> None:
+    """A prompt that was cached, and a float16 VAE that stays since it is cast to decode."""
+    pipe = pipes["tiny-sdxl"]
+    half = HalfPrecision("float16")
+    streamed = Streamed(weights_bytes(pipe, 0.5), UNIT_BYTES)
+    plan = Plan((half, CudaGraph(), streamed))
+    with techniques.applied(plan, pipe, device), prompts.cached(pipe, weights_move=True):
+        images(pipe, steps=4)
+        assert replays() == 0
+        images(pipe, steps=4)
+        assert replays() == 4
+
+
+def test_steps_alone_are_captured_in_the_end(pipes: Pipes, device: str, replays: Any) -> None:
+    """Latents for a prompt that was cached: nothing but the denoiser runs."""
+    pipe = pipes["tiny-sd"]
+    with graphed(pipe, 0.5, device), prompts.cached(pipe, weights_move=True):
+        for _ in range(3):
+            pipe("a cat", num_inference_steps=30, width=64, height=64, output_type="latent")
+        assert replays() > 0
+
+
+def test_captures_that_fail_leave_no_clock_behind() -> None:
+    """Nothing was marked in it: to read it would be an error in the next step."""
+    part = part_of([1, 2, 3], 1)
+    lane, script, told = HostLane(), Script(), list[list[float]]()
+    pool = Pool(torch.device("cpu"), 2048, lane, script)
+    script.begin(part)
+    pool.arrange([part], part)
+    moving = Moving(part, pool, lane, told.append)
+    for _ in range(2):
+        moving.arrangement()
+        moving.begin()
+        with pytest.raises(RuntimeError, match="another order"), moving.capturing():
+            part.module[0](torch.ones(1, 16))
+    moving.arrangement()
+    assert told == []

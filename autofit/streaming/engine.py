@@ -177,7 +177,7 @@ def _weighed(
     for part in found if cuda else ():
         pack(part.parameters)
     # first the part whose weights move every step, in case not all may be page-locked
-    order = [p.module for p in sorted(found, key=lambda p: not p.keeps)]
+    order = [p.module for p in sorted(found, key=lambda p: not p.keeps) if p.parameters]
     with host_registered(order, str(device)) if cuda else nullcontext():
         try:
             for part in found:

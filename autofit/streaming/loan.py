@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Loan:
@@ -23,6 +23,7 @@ class Loan:
     def __init__(self, device: torch.device, size_bytes: int) -> None:
         self._device, self.size_bytes = device, size_bytes
         self._pool: torch.cuda.MemPool | None = None
+        self._shapes: set[tuple[torch.Size, ...]] = set()  # that were seen
         self._memory: torch.Tensor | None = None
 
     @property
@@ -36,17 +37,14 @@ class Loan:
             torch.OutOfMemoryError: the device does not hold it.
         """
         if self._memory is None:
+            if self._device.type == "cuda" and self._pool is None:
+                torch.cuda.empty_cache()  # as in ``_make_room``
             with self._allocating():
                 self._memory = torch.empty(self.size_bytes, dtype=torch.uint8, device=self._device)
         return self._memory
 
     def give_back(self) -> None:
         """Whoever took it holds no view of it any more."""
-        if self._device.type == "cuda":
-            # What cuBLAS and cuBLASLt keep for good, and a capture frees, must not lie here.
-            square = torch.ones(16, 16, device=self._device)
-            torch.addmm(square, square, square)
-            torch.nn.functional.linear(square, square, square[0])
         self._memory = None
 
     def close(self) -> None:
@@ -60,6 +58,7 @@ class Loan:
 
         @functools.wraps(found)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._make_room((args, kwargs))
             with self._allocating():
                 out = found(*args, **kwargs)
             if self._device.type == "cuda":
@@ -68,11 +67,21 @@ class Loan:
 
         return forward
 
+    def _make_room(self, inputs: Any) -> None:
+        """Once for inputs of these shapes: the pool may have to grow, and while something allocates
+        from it torch does not give up what it has cached elsewhere."""
+        shapes = tuple(t.shape for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
+        if self._device.type == "cuda" and shapes not in self._shapes:
+            self._shapes.add(shapes)
+            torch.cuda.empty_cache()
+
     @contextmanager
     def _allocating(self) -> Iterator[None]:
         if self._device.type != "cuda":
             yield
             return
-        self._pool = self._pool or torch.cuda.MemPool()
+        if self._pool is None:
+            with torch.cuda.device(self._device):  # whose pool it is
+                self._pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(self._pool, self._device):
             yield

@@ -69,17 +69,17 @@ class Part:
 
 
 def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
-    """Divide a pipe into parts, the modules in ``stays`` left out.
+    """Divide a pipe into parts; of those in ``stays`` nothing streams, but they tell where an image
+    ends.
 
     A VAE is entered by its encoder or its decoder, anything else by itself. Memory that two parts
     or two parameters share does not stream.
     """
+    components = anatomy.modules(pipe)
     found = [
-        (name, entry)
-        for name, module in anatomy.modules(pipe).items()
-        if module not in stays
-        for entry in entries(name, module)
+        (name, entry) for name, module in components.items() for entry in entries(name, module)
     ]
+    staying = {id(p) for module in stays for p in module.parameters()}
     owners = Counter(p.data_ptr() for _, entry in found for p in entry.parameters())
     small_bytes = unit_bytes // SMALL_SHARE
     return [
@@ -90,7 +90,10 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
             parameters=tuple(
                 p
                 for p in entry.parameters()
-                if owners[p.data_ptr()] == 1 and p.nbytes > small_bytes and is_streamable(p)
+                if owners[p.data_ptr()] == 1
+                and p.nbytes > small_bytes
+                and is_streamable(p)
+                and id(p) not in staying
             ),
         )
         for name, entry in found

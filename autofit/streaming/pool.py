@@ -17,6 +17,7 @@ from autofit.streaming.schedule import Schedule, ring, schedule
 from autofit.streaming.script import Script
 from autofit.streaming.units import Unit
 
+LONG = 64  # forwards
 BUS_SAMPLE_BYTES = 512 * 2**20  # of the weights themselves, copied to measure the bus
 
 
@@ -43,7 +44,8 @@ class Pool:
         self._fence = lane.event()
         self.ring = Ring(lane, script)
         self.arrangement = 0  # a number for each
-        self._arranged_in = 0  # the script's image
+        self._arranged_in = self._arranged_at = 0  # the script's image, and its forwards
+        self._is_final = False  # whether the last arrangement is known to be that
         self._hooks = ExitStack()
         self._memory: torch.Tensor | None = None
         self._bound: set[Unit] = set()
@@ -55,26 +57,29 @@ class Pool:
         return self._memory is not None
 
     def settle(self) -> None:
-        """No other arrangement will follow."""
-        self._arranged_in = -1
+        """No other arrangement is to be expected."""
+        self._is_final = True
 
     @property
     def is_settled(self) -> bool:
-        """Whether the last arrangement was for an earlier image: no other is to be expected."""
-        return self.is_open and self._script.image > self._arranged_in
+        """Whether the last arrangement was for an earlier image, or long ago: no other is to be
+        expected. Where one part alone runs, no image ends."""
+        script = self._script
+        later = script.image > self._arranged_in or script.forwards > self._arranged_at + LONG
+        return self.is_open and (self._is_final or later)
 
     def close(self) -> None:
         """Give the memory back. The weights are in host memory again, and nothing is hooked."""
         self._lane.drain()
-        self.give_back()
-        if self._loan is not None:
-            self._loan.close()
         self._hooks.close()
         self.ring.clear()
+        self.give_back()
         for unit in self._bound:
             unit.unbind()
         self._bound, self._filled, self._memory = set(), {}, None
         self._guests, self._address = [], None
+        if self._loan is not None:
+            self._loan.close()
 
     def borrow(self) -> None:
         """Have the guests on the device: the part that keeps is about to run.
@@ -110,7 +115,8 @@ class Pool:
 
     def _renumber(self) -> None:
         self.arrangement += 1
-        self._arranged_in = self._script.image
+        self._arranged_in, self._arranged_at = self._script.image, self._script.forwards
+        self._is_final = False
 
     def arrange(self, parts: Sequence[Part], latest: Part) -> None:
         """Lay everything out anew by all that is known. ``latest`` is the part that runs now.
@@ -159,15 +165,18 @@ class Pool:
         spare = [u for p in parts for u in p.division.spare]
         order = keeping.division.order
         own_bytes = memory.nbytes - sum(u.size_bytes for u in kept)
+        least_arena_bytes = max((u.size_bytes for u in (*others, *spare)), default=0)
         found = schedule(
             keeping.items(),
             own_bytes + self._loan_bytes(order),
             self._bus_bytes_s or self._measured_bus(memory, keeping),
-            max((u.size_bytes for u in (*others, *spare)), default=0),
+            least_arena_bytes,
             own_bytes,
         )
         stays = [u for u, offset in zip(order, found.offsets, strict=True) if offset is None]
-        self._guests = self._in_loan(stays)
+        # With all of them resident what the schedule says of an arena is only what is left over.
+        arena_bytes = found.arena_bytes if len(stays) < len(order) else least_arena_bytes
+        self._guests = self._in_loan(stays, own_bytes - arena_bytes)
         stays = [u for u in stays if u not in self._guests]
         base_bytes = self._fill(memory, [*kept, *stays])
         for unit in stays:
@@ -189,14 +198,16 @@ class Pool:
         largest_bytes = max((u.size_bytes for u in order), default=0)
         return max(0, self._loan.size_bytes - largest_bytes) if self._loan else 0
 
-    def _in_loan(self, stays: Sequence[Unit]) -> list[Unit]:
-        """The resident units that lie in the loan, in order: those that run last, since they come
-        anew for every image."""
-        left_bytes, found = self._loan.size_bytes if self._loan else 0, []
+    def _in_loan(self, stays: Sequence[Unit], own_bytes: int) -> list[Unit]:
+        """Of the resident units those that ``own_bytes`` do not hold, in order: they lie in the
+        loan. It is those that run last, since they come anew for every image."""
+        left_bytes, found = self._loan.size_bytes if self._loan else 0, list[Unit]()
+        beyond_bytes = sum(u.size_bytes for u in stays) - own_bytes
         for unit in reversed(stays):
-            if unit.size_bytes <= left_bytes:
+            if beyond_bytes > 0 and unit.size_bytes <= left_bytes:
                 found.append(unit)
                 left_bytes -= unit.size_bytes
+                beyond_bytes -= unit.size_bytes
         return found[::-1]
 
     def _measured_bus(self, memory: torch.Tensor, part: Part) -> float:

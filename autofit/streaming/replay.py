@@ -59,9 +59,9 @@ class Moving:
                 if not self._is_timed:
                     clock = stack.enter_context(timing(self._part.division.order, self._lane))
                 yield
-            self._clock = clock
             if ring.queued != first:
                 raise RuntimeError("its layers ran in another order than in the forward recorded")
+            self._clock = clock
         finally:
             ring.clear()  # a capture copies nothing, whatever the ring was told
 

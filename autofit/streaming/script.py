@@ -24,6 +24,7 @@ class Script:
         self._next = 0
         self._index: dict[Unit, tuple[Part, int]] = {}
         self.image = 0  # the number of the one under way
+        self.forwards = 0  # of all parts
 
     def learn(self, parts: Sequence[Part]) -> None:
         """The units of these parts, as they are now; the cursor is lost."""
@@ -32,6 +33,7 @@ class Script:
 
     def begin(self, part: Part) -> None:
         """A forward of this part begins. An image ends where an earlier stage begins again."""
+        self.forwards += 1
         ranked = [p.rank for p in self._actual if p.rank is not None]
         if part.rank is not None and ranked and part.rank < ranked[-1]:
             self._expected, self._actual = self._actual, []

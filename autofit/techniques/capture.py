@@ -88,6 +88,7 @@ class Capturer:
         finally:
             here.wait_stream(self._stream)
             torch.cuda.empty_cache()
+        self._take_workspaces()
         self._graphs.append(graph)
         return graph.replay, result
 
@@ -115,6 +116,13 @@ class Capturer:
             line = str(ended).strip().splitlines() or [type(ended).__name__]
             raise NotCapturable(f"its capture failed: {line[0]}") from ended
         return graph, result
+
+    def _take_workspaces(self) -> None:
+        """Let cuBLAS and cuBLASLt have theirs again (``_own_workspaces``), which they keep for
+        good: else they take them in the midst of whatever comes next, from its pool."""
+        square = torch.ones(16, 16, device=self._device)
+        torch.addmm(square, square, square)
+        torch.nn.functional.linear(square, square, square[0])
 
     def release(self) -> None:
         """Drop all graphs, and their memory."""

@@ -118,9 +118,10 @@ class Streamed(Placement):
             moved_bytes = 0
         elif phase is Phase.DECODE:
             moved_bytes -= self._kept_bytes(pipeline)
-        if phase is Phase.ENCODE:
-            moved_bytes += min(self._borrowed_bytes, denoiser_bytes)
-        return Traffic(moved_bytes * runs(pipeline, phase), overlaps=True)
+        moved_bytes *= runs(pipeline, phase)
+        if phase is Phase.ENCODE:  # once an image, as much as its own memory does not hold
+            moved_bytes += min(self._borrowed_bytes, max(0, denoiser_bytes - room_bytes))
+        return Traffic(moved_bytes, overlaps=True)
 
     def _streamed_bytes(self, pipeline: Pipeline, short_bytes: int, room_bytes: int) -> int:
         """What of the denoiser streams: what does not fit, and what gives way to the arena."""
