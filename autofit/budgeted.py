@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from autofit import cost
 from autofit.rooms import STEP
-from autofit.sampler import Task, ran_out, ranking
+from autofit.sampler import FIRST, Task, ran_out, ranking
 from autofit.search import Found
 from autofit.spec import (
     Attempt,
@@ -21,6 +22,7 @@ from autofit.spec import (
     NothingFits,
     Outcome,
     Plan,
+    Technique,
 )
 from autofit.trial import Measurer, Request
 
@@ -123,21 +125,40 @@ class Trials:
 
     def _choose_reference(self) -> Plan | None:
         """The most faithful plan that should fit, with the fewest techniques: the pipe as it is, if
-        at all possible."""
+        at all possible. Only the plans that it takes to tell are predicted."""
+        limit_s = REFERENCE_SLOWER * self._fastest_s()
+        for _, alike in groupby(sorted(self.task.plans, key=_strangeness), key=_strangeness):
+            image_s, plan = min(((self._predicted_s(p), p) for p in alike), key=lambda row: row[0])
+            if image_s <= limit_s and image_s < math.inf:
+                return plan
+        return None
+
+    def _fastest_s(self) -> float:
+        """Seconds an image of the fastest way to cast, place and decode, with all that goes with
+        it: anything else is hardly faster. Infinite where none of these ways should fit."""
+        ways = [p for p in self.task.plans if _way(p) == p.techniques]
+        best = min(ways, key=self._predicted_s, default=None)
+        alike = (p for p in self.task.plans if best and _way(p) == best.techniques)
+        return min(map(self._predicted_s, alike), default=math.inf)
+
+    def _predicted_s(self, plan: Plan) -> float:
+        """Seconds an image; infinite where the plan should not fit."""
         task = self.task
-        rows, fastest_s = [], math.inf
         facts = task.pipeline, task.device, task.workload
-        for plan in task.plans:
-            completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
-            if completed is None:
-                continue
-            predicted = cost.predict(completed, *facts, task.basis)
-            if predicted.peak_bytes <= task.budget_bytes:
-                fastest_s = min(fastest_s, predicted.image_s)
-                key = (plan.fidelity.rank, len(plan.techniques), predicted.image_s)
-                rows.append((key, plan))
-        rows = [row for row in rows if row[0][-1] <= REFERENCE_SLOWER * fastest_s]
-        return min(rows, key=lambda row: row[0], default=(None, None))[1]
+        completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
+        if completed is None:
+            return math.inf
+        predicted = cost.predict(completed, *facts, task.basis)
+        return predicted.image_s if predicted.peak_bytes <= task.budget_bytes else math.inf
+
+
+def _way(plan: Plan) -> tuple[Technique, ...]:
+    return tuple(t for t in plan.techniques if t.slot in FIRST)
+
+
+def _strangeness(plan: Plan) -> tuple[int, int]:
+    """How far a plan is from the pipe as it is."""
+    return plan.fidelity.rank, len(plan.techniques)
 
 
 def _same_but_weights(one: Plan, other: Plan) -> bool:

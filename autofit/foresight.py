@@ -7,9 +7,10 @@ import threading
 
 from autofit import cost, forecast
 from autofit.dryrun import DryRun
-from autofit.goals import Goal, workload_for
+from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.sampler import Task
-from autofit.spec import AutofitError, Slot
+from autofit.spec import AutofitError, Pipeline, Slot
+from autofit.techniques.precision import PRECISIONS, HalfPrecision
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,10 @@ class Foresight:
         model, goal, dtype = self._asked
         try:
             dry = DryRun(model, dtype=dtype)
-            dry.phases(workload_for(dry.pipeline, goal, model))
+            workload = workload_for(dry.pipeline, goal, model)
+            dry.phases(workload)
+            for precision in _precisions(dry.pipeline, goal):
+                dry.phases(workload, [precision])
             self._dry = dry
         except (
             Exception
@@ -54,3 +58,11 @@ class Foresight:
         known = isinstance(error, AutofitError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         _log.warning("searching without a dry run of %s: %s", self._asked[0], reason)
+
+
+def _precisions(pipeline: Pipeline, goal: Goal) -> list[HalfPrecision]:
+    """Those that plans will have, as far as it can be told before the device was probed."""
+    if all(c.dtype != "float32" for c in pipeline.components):
+        return []
+    worst = fidelity_named(goal.fidelity)
+    return [p for p in PRECISIONS if p.fidelity.rank <= worst.rank]

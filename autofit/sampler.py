@@ -53,7 +53,7 @@ LEANEST = 3
 LEAN = 1.1  # times the least that any plan needs
 NEARLY_AS_FAST = 1.015  # among plans this close in time, the more faithful and leaner is better
 # What the first trial may contain: the rest is tried one by one on top of it.
-_FIRST = (Slot.PRECISION, Slot.DECODE, Slot.PLACEMENT)
+FIRST = (Slot.PRECISION, Slot.DECODE, Slot.PLACEMENT)
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Measurement | Failure)
 
 
@@ -310,13 +310,14 @@ class _Choices:
             for technique in plan.techniques:
                 self.used[number, column[technique.label]] = 1
         techniques = [known[label] for label in self.labels]
-        self.first = np.array([t.slot in _FIRST for t in techniques])
+        self.first = np.array([t.slot in FIRST for t in techniques])
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
         self._untimed = np.ones(len(self.labels), dtype=np.int16)
         self._unseen = np.ones(len(self.labels), dtype=np.int16)
         self._bad = np.zeros(len(self.labels), dtype=np.int16)
         self._doubted = np.zeros(len(self.labels), dtype=np.int16)
+        self._stated_s = np.array([t.setup_s for t in techniques])
         self._setup_s = np.full(len(self.labels), np.inf)
 
     def learn(self, number: int, outcome: Outcome) -> None:
@@ -365,6 +366,8 @@ class _Choices:
         return (self.used @ (~self.first).astype(np.int16)) == 0
 
     def setup_s(self) -> Any:
-        """Least set-up seen with each choice; a plan's slowest choice decides. Unseen: none."""
-        seen = np.where(np.isfinite(self._setup_s), self._setup_s, 0.0)
-        return (self.used * seen).max(axis=1)
+        """Least set-up seen with each choice, of which a plan's slowest decides; and what those
+        that were never seen state to add to it."""
+        seen = np.isfinite(self._setup_s)
+        least_s = (self.used * np.where(seen, self._setup_s, 0.0)).max(axis=1)
+        return least_s + self.used @ np.where(seen, 0.0, self._stated_s)

@@ -283,6 +283,12 @@ class Technique(ABC):
         return {}
 
     @property
+    def setup_s(self) -> float:
+        """Seconds that this is hoped to add to a plan's set-up, once; as low as it was ever seen.
+        What a study measures takes its place."""
+        return 0.0
+
+    @property
     def traits(self) -> frozenset[str]:
         """What the rows of CLASHES may name: the technique, and what its settings make it."""
         return frozenset({self.name})

@@ -7,11 +7,22 @@ import pytest
 import samples
 from worlds import CARD, LARGE, SDXL, STREAMED, gib
 
-from autofit.budgeted import Trials
+from autofit import cost
+from autofit.budgeted import REFERENCE_SLOWER, Trials
 from autofit.rooms import STEP
 from autofit.sampler import Task
 from autofit.search import Found
-from autofit.spec import Attempt, Failure, Fidelity, Measurement, Outcome, Phase, Plan, Why
+from autofit.spec import (
+    Attempt,
+    Failure,
+    Fidelity,
+    Measurement,
+    Outcome,
+    Phase,
+    Pipeline,
+    Plan,
+    Why,
+)
 from autofit.techniques.space import legal_plans
 from autofit.trial import Request, Subject
 
@@ -19,6 +30,12 @@ PLANS = legal_plans(SDXL, CARD, LARGE)
 EXACT = next(p for p in PLANS if p.fidelity is Fidelity.EXACT)
 LOSSY = next(p for p in PLANS if p.fidelity is Fidelity.LOSSY)
 BUDGET = gib(6)
+IN_FLOAT32 = replace(
+    SDXL,
+    components=tuple(
+        replace(c, dtype="float32", weight_bytes=2 * c.weight_bytes) for c in SDXL.components
+    ),
+)
 
 
 class Scripted:
@@ -110,3 +127,24 @@ def test_the_reference_streams_as_the_budget_allows_where_nothing_resident_fits(
     assert (len(first.techniques), first.placement.name) == (1, "streamed")
     task = Task(PLANS, SDXL, CARD, LARGE, gib(24))
     assert [p.label for p in Trials(Scripted(), task, tmp_path).first] == ["resident"]
+
+
+@pytest.mark.parametrize("budget_gib", [1.5, 3, 5, 8, 24])
+@pytest.mark.parametrize("pipeline", [SDXL, IN_FLOAT32], ids=["float16", "float32"])
+def test_the_reference_is_found_without_predicting_every_plan(
+    pipeline: Pipeline, budget_gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = legal_plans(pipeline, CARD, LARGE)
+    asked = Task(plans, pipeline, CARD, LARGE, gib(budget_gib))
+    rows = []
+    for plan in plans:
+        completed = cost.fitted(plan, pipeline, CARD, LARGE, asked.budget_bytes)
+        predicted = cost.predict(completed or plan, pipeline, CARD, LARGE)
+        if completed is not None and predicted.peak_bytes <= asked.budget_bytes:
+            rows.append((plan.fidelity.rank, len(plan.techniques), predicted.image_s, plan))
+    limit_s = REFERENCE_SLOWER * min(row[2] for row in rows)
+    expected = min((row for row in rows if row[2] <= limit_s), key=lambda row: row[:3])[-1]
+    completed_one, calls = cost.fitted, []
+    monkeypatch.setattr(cost, "fitted", lambda *a: calls.append(a) or completed_one(*a))
+    assert Trials(Scripted(), asked, tmp_path).first == [expected]
+    assert len(calls) <= len(plans) / 3

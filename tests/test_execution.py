@@ -9,18 +9,20 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch._dynamo.config
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from samples import device
+from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from autofit.architectures import build
 from autofit.probe.pipeline import facts
 from autofit.spec import BadInput, Workload
+from autofit.techniques.attention import SdpaKernel
 from autofit.techniques.execution import (
     CACHE_VARIABLES,
     MAX_TRACES,
@@ -246,6 +248,38 @@ def test_what_was_compiled_is_found_by_the_next_process(own: bool, tmp_path: Pat
     assert hits[1] > 0
     assert (home / "cache" / "inductor").is_dir() is not own
     assert elsewhere.is_dir() is own
+
+
+class Attending(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class Denoiser(torch.nn.Module):
+    _repeated_blocks: ClassVar[list[str]] = ["Attending"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Attending()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.block(x)
+
+
+@pytest.mark.timeout(600)
+def test_what_was_compiled_for_one_attention_kernel_is_not_run_for_another() -> None:
+    """torch looks at all that a block reads, but not at the kernel that is preferred."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++")
+    pipe, x = Holder(Denoiser()), torch.randn(1, 2, 16, 8)
+    for technique in (SdpaKernel("flash"), SdpaKernel("math")):
+        counters.clear()
+        with torch.no_grad(), ExitStack() as undo:
+            undo.enter_context(RegionalCompile().applied(pipe, "cpu"))
+            undo.enter_context(technique.applied(pipe, "cpu"))
+            pipe.transformer(x)
+            pipe.transformer(x)
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 class TestTheCompileCache:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import samples
 
 from autofit import cost, dryrun
-from autofit.dryrun import DryRun
+from autofit.dryrun import DryRun, front, memo
 from autofit.foresight import Foresight
-from autofit.goals import Goal, workload_for
+from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.sampler import PlanSampler, Task
-from autofit.spec import Phase, Slot
+from autofit.spec import Phase, Slot, Workload
 from autofit.techniques.precision import HalfPrecision
 from autofit.techniques.space import legal_plans
 
@@ -44,6 +49,34 @@ def test_every_phase_is_known_under_every_precision() -> None:
     predicted = cost.predict(plan, asked.pipeline, DEVICE, asked.workload, told)
     assert predicted.image_s >= 5 * (2 + GOAL.steps)  # type: ignore[operator]
     assert predicted.peak_bytes >= 10**9
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "dtypes"),
+    [("lossy", ["float32", "float16", "bfloat16"]), ("exact", ["float32"])],
+)
+def test_every_precision_that_plans_may_have_runs_while_the_weights_load(
+    fidelity: str, dtypes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+    memo.forget()
+    ran: list[tuple[threading.Thread, str]] = []
+    found = front.run_front
+
+    def run_front(ghost: Any, workload: Workload, techniques: Sequence[HalfPrecision]) -> Any:
+        ran.append((threading.current_thread(), techniques[0].dtype if techniques else "float32"))
+        return found(ghost, workload, techniques)
+
+    monkeypatch.setattr(front, "run_front", run_front)
+    foresight = Foresight("tiny-sd", replace(GOAL, fidelity=fidelity), "cuda:0", None)
+    foresight._thread.join()
+    assert [dtype for _, dtype in ran] == dtypes
+    asked = task()
+    worst = fidelity_named(fidelity)
+    plans = legal_plans(asked.pipeline, DEVICE, asked.workload, worst)
+    basis = foresight.basis(replace(asked, plans=plans))
+    assert {dtype for dtype, _ in basis} == set(dtypes)
+    assert {thread for thread, _ in ran} == {foresight._thread}  # nothing was left to do
 
 
 def test_the_first_trial_avoids_what_the_dry_run_says_is_too_large() -> None:

@@ -52,14 +52,17 @@ def within(attempts: Sequence[Attempt], budget_bytes: int) -> Measurement:
 
 def test_finds_nearly_the_fastest_of_all_plans() -> None:
     """In worlds where each choice is up to a quarter better or worse than predicted. Of 96 of them
-    the mean is 1.047 and the deviation 0.07: of 16 the mean strays by 0.017."""
+    the mean is 1.060 and the deviation 0.08: of 16 the mean strays by 0.02."""
     regrets = []
     for budget_bytes in map(gib, (4, 6, 8, 12)):
+        asked = task(budget_bytes)
         for seed in range(4):
             world = World(budget_bytes, seed)
-            every = [o.image_s for p in PLANS if isinstance(o := world.best(p), Measurement)]
-            found = search(task(budget_bytes), world.measure)
-            regrets.append(within(found.attempts, budget_bytes).image_s / min(every))
+            outcomes = (o for p in PLANS if isinstance(o := world.best(p), Measurement))
+            least_s = min(map(asked.objective_s, outcomes))
+            found = search(asked, world.measure)
+            best = within(found.attempts, budget_bytes)
+            regrets.append(asked.objective_s(best) / least_s)
             assert len(found.attempts) <= 25 < len(PLANS) / 20
     assert statistics.mean(regrets) <= 1.05
     assert max(regrets) <= 1.25
@@ -161,7 +164,7 @@ def test_the_study_holds_one_categorical_a_slot_the_constraint_and_the_states(
     for trial, attempt in zip(study.trials, found.attempts, strict=True):
         if isinstance(attempt.outcome, Measurement):
             assert trial.state is TrialState.COMPLETE
-            assert trial.value == pytest.approx(attempt.outcome.image_s)
+            assert trial.value == pytest.approx(task(gib(6)).objective_s(attempt.outcome))
             assert trial.constraints["peak_bytes"] == attempt.outcome.peak_bytes - gib(6)
         else:
             assert trial.state is TrialState.PRUNED
@@ -252,6 +255,30 @@ def test_what_only_ran_out_of_memory_is_still_hoped_for() -> None:
 
     found = search(task(gib(24), plans), measure, first=plans[:3])
     assert [a.plan.label for a in found.attempts] == [*known, last]
+
+
+@pytest.mark.parametrize(
+    ("images", "warmup_s", "expected"),
+    [
+        (20, 0.1, 3),  # what tracing is said to take at least pays
+        (1, 0.1, 1),  # not for one image
+        (20, 60.0, 2),  # nor as long as it turned out to take
+    ],
+)
+def test_a_set_up_is_hoped_for_as_stated_and_then_as_measured(
+    images: int, warmup_s: float, expected: int
+) -> None:
+    labels = ["resident", "traced + resident", "traced + sdpa(kernel=cudnn) + resident"]
+    plans = tuple(next(p for p in PLANS if p.label == label) for label in labels)
+    world = World(gib(24))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, None)
+        assert isinstance(outcome, Measurement)
+        return outcome if plan is plans[0] else replace(outcome, warmup_s=warmup_s)
+
+    found = search(replace(task(gib(24), plans), images=images), measure)
+    assert [a.plan for a in found.attempts] == list(plans[:expected])
 
 
 def test_stops_where_every_plan_breaks() -> None:

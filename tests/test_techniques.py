@@ -68,6 +68,14 @@ def test_why_not(
     assert technique.why_not(FACTS, samples.device(), WORKLOAD) is None
 
 
+def test_what_compiles_records_or_captures_says_what_its_set_up_takes() -> None:
+    stated_s = {t.label: t.setup_s for t in CANDIDATES if t.slot is Slot.EXECUTION}
+    assert all(seconds > 0 for seconds in stated_s.values())
+    parts = ("cuda_graph", "regional_compile")
+    assert stated_s["cuda_graph(compiled)"] == sum(stated_s[p] for p in parts)
+    assert not any(t.setup_s for t in CANDIDATES if t.slot is not Slot.EXECUTION)
+
+
 def test_group_offload_says_which_component_has_none() -> None:
     refusing = dataclasses.replace(FACTS.components[0], groups=False)
     facts = dataclasses.replace(FACTS, components=(refusing, *FACTS.components[1:]))

@@ -166,7 +166,7 @@ class World:
             encode_s=spent_s[Phase.ENCODE],
             step_s=(spent_s[Phase.STEP],) * 4,
             decode_s=spent_s[Phase.DECODE],
-            warmup_s=0.0,
+            warmup_s=sum(t.setup_s for t in plan.techniques),
             phase_peak_bytes={p.value: int(live[p]) for p in Phase},
             non_torch_bytes=outside_bytes,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -15,20 +17,39 @@ SLAB_BYTES = 256 * 2**20
 
 
 def pack(parameters: Sequence[nn.Parameter]) -> None:
-    """Move the small ones of these weights into slabs, in this order. Whoever else holds the old
-    memory keeps it; nobody else: it is freed weight by weight."""
+    """Move the small ones of these weights into slabs, in this order. A slab that holds its weights
+    already, from an earlier call, is left as it is. Whoever else holds the old memory keeps it;
+    nobody else: it is freed weight by weight."""
     small = [p for p in parameters if p.nbytes <= PACKED_BYTES]
     left_bytes = sum(aligned(p.nbytes) for p in small)
-    slab, at = torch.empty(0, dtype=torch.uint8), 0
-    for parameter in small:
-        host, size_bytes = parameter.data, aligned(parameter.nbytes)
-        if at + size_bytes > slab.nbytes:
-            slab_bytes = min(SLAB_BYTES, max(SMALLEST_BYTES, left_bytes))  # to be page-locked
-            slab, at = torch.empty(slab_bytes, dtype=torch.uint8), 0
-        place = slab[at : at + host.nbytes].view(host.dtype).as_strided(host.size(), host.stride())
-        parameter.data = place.copy_(host)
-        at += size_bytes
-        left_bytes -= size_bytes
+    while small:
+        slab_bytes = min(SLAB_BYTES, max(SMALLEST_BYTES, left_bytes))  # to be page-locked
+        ends = list(accumulate(aligned(p.nbytes) for p in small))
+        count = bisect_right(ends, slab_bytes)
+        here, small = small[:count], small[count:]
+        offsets = [0, *ends[: count - 1]]
+        left_bytes -= ends[count - 1]
+        if not _is_packed(here, offsets, slab_bytes):
+            slab = torch.empty(slab_bytes, dtype=torch.uint8)
+            for parameter, at in zip(here, offsets, strict=True):
+                parameter.data = _place(slab, at, parameter.data).copy_(parameter.data)
+
+
+def _place(slab: torch.Tensor, at: int, host: torch.Tensor) -> torch.Tensor:
+    flat = slab[at : at + host.nbytes].view(host.dtype)
+    return flat.as_strided(host.size(), host.stride())
+
+
+def _is_packed(parameters: Sequence[nn.Parameter], offsets: Sequence[int], slab_bytes: int) -> bool:
+    """Whether these weights lie at these places of one slab, which has no more than them."""
+    storage = parameters[0].untyped_storage()
+    if storage.nbytes() != slab_bytes or storage.device.type != "cpu":
+        return False
+    start = storage.data_ptr()
+    return all(
+        p.untyped_storage().data_ptr() == start and p.data_ptr() == start + at
+        for p, at in zip(parameters, offsets, strict=True)
+    )
 
 
 def runs(
