@@ -66,6 +66,15 @@ class Cuda:
             _cuda_releasePool=lambda device, pool: self.calls.append(f"release {pool}"),
         )
 
+    nn = torch.nn
+
+    def ones(self, *size: int, device: Any) -> torch.Tensor:
+        self.calls.append("workspaces")
+        return torch.ones(size)
+
+    def addmm(self, *given: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(*given)
+
     def zeros(self, *size: int, device: Any) -> torch.Tensor:
         self.calls.append("heal")
         return torch.zeros(size)
@@ -119,7 +128,7 @@ def test_work_is_rehearsed_watched_and_captured(cuda: Cuda) -> None:
     assert cuda.calls == [
         *("stream", "work", "sync warn", "work", "sync 0", "begin", "clear"),
         *("capture into a pool, thread_local", "weights", "work", "end of weights"),
-        *("end of capture into a pool, thread_local", "clear", "end of stream"),
+        *("end of capture into a pool, thread_local", "clear", "end of stream", "workspaces"),
     ]
     assert result == 10
     replay()
