@@ -61,7 +61,8 @@ class Rooms:
         self._kinds = list(kinds)
         least = np.array([cost.held_bytes(*kind) for kind in kinds], dtype=float)
         self.least_bytes = least[self._kind]
-        self._borrows = np.array([placement.borrows for placement, _ in kinds], dtype=bool)
+        borrows = np.array([placement.borrows for placement, _ in kinds], dtype=bool)
+        self.borrows = borrows[self._kind]
         count = len(self.numbers)
         self._trials = np.zeros(count, dtype=int)
         self._settled = np.zeros(count, dtype=bool)  # a fault, or too slow: not tried again
@@ -83,7 +84,7 @@ class Rooms:
         rooms = np.maximum(wanted, self.least_bytes).astype(int)
         # The decode may take less than predicted: not all of that is borrowed where it is short.
         spare = np.maximum(0, decode_bytes - (rooms - wanted))
-        spare = np.where(self._borrows[self._kind], spare, 0).astype(int)
+        spare = np.where(self.borrows, spare, 0).astype(int)
         keys = zip(self._kind.tolist(), rooms.tolist(), spare.tolist(), strict=True)
         return Fits([self._fit(*key) for key in keys], beside_bytes)
 

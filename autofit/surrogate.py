@@ -34,7 +34,6 @@ MORE_THAN_HAD = 1.15  # a phase that ran out of memory needs at least this much 
 # The same for an open plan, whose next trial shows by how much: so that it fits, and is measured.
 FAR_MORE = 1.5
 HOPE = 0.25  # by how much a choice never seen, or compute never waited for, may be faster
-BORROWED_TOO = 1.01  # times what was borrowed; more than that of a decode is its own
 BUS_BOUND = 1.1  # a phase that takes up to this times its transfers waited for them, not compute
 
 
@@ -77,9 +76,13 @@ class Surrogate:
         fragmentation[self._rooms.numbers] = self._open_fragments()
         return self._live_bytes(fragmentation) + self._outside_bytes
 
-    def _open_fragments(self) -> float:
-        """Bytes that the allocator holds for a byte of an open plan's activations."""
-        return statistics.median(self._open_fragmentation or self._fragmentation)
+    def _open_fragments(self) -> Floats:
+        """Bytes that the allocator holds for a byte of activations, of every open plan. What was
+        seen is of plans that do not borrow, where a decode's fragments need not be the peak: those
+        that borrow are given no less than the prior, since a decode that is short takes slower
+        kernels without a word."""
+        seen = statistics.median(self._open_fragmentation or self._fragmentation)
+        return np.where(self._rooms.borrows, max(seen, cost.fragmentation(self.device)), seen)
 
     def impossible(self) -> Bools:
         """Plans with a phase that ran out of memory just so in another plan."""
@@ -157,14 +160,14 @@ class Surrogate:
             Phase.STEP: steps_s / self.workload.steps,  # some schedulers call the denoiser oftener
             Phase.DECODE: outcome.decode_s,
         }
-        borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])
         for phase, table in self.tables.items():
             row = table.index[number]
             self._learn_seconds(number, plan, phase, spent_s[phase])
             live_bytes = outcome.phase_peak_bytes.get(phase.value, 0)
             used_bytes = live_bytes - cost.weight_bytes(plan, self._facts[number], phase)
             # What was borrowed is still there when a decode begins: less than that is not seen.
-            if phase is not Phase.DECODE or used_bytes > BORROWED_TOO * borrowed_bytes:
+            hidden = phase is Phase.DECODE and plan.placement.borrows
+            if not hidden or live_bytes > outcome.phase_peak_bytes.get(Phase.STEP.value, 0):
                 table.activations.learn(row, max(ACTIVATION_FLOOR, used_bytes))
         self._learn_overheads(number, plan, outcome)
 

@@ -126,6 +126,7 @@ def judged(run: Run, generations: list[Generation]) -> dict[str, Any]:
         "step_s": statistics.median(s for g in full for s in g.meter.step_s),
         "decode_s": statistics.mean(g.meter.decode_s for g in full),
         "peak_bytes": peak_bytes,
+        "starved": sum(g.meter.starved for g in generations),
         "outside_bytes": outside_bytes,
         "within_budget": cap_bytes is None or peak_bytes <= cap_bytes,
         "image_crc32": zlib.crc32(np.ascontiguousarray(pixels).tobytes()),

@@ -18,7 +18,16 @@ from autofit import anatomy, session, store
 from autofit.foresight import Foresight
 from autofit.goals import Goal
 from autofit.planner import Effort, Planned, find_plan
-from autofit.spec import AutofitError, Device, Phase, Pipeline, Role, Workload
+from autofit.spec import (
+    Attempt,
+    AutofitError,
+    Device,
+    Failure,
+    Phase,
+    Pipeline,
+    Role,
+    Workload,
+)
 from autofit.trial.cap import Outside, capped
 from autofit.units import GIB, MIB, parse_pixels
 
@@ -89,10 +98,19 @@ def autofit_within(pipe: Any, run: Run, fidelity: str) -> dict[str, Any]:
     return {
         "plan": profile.plan.label,
         "planned": planned is not None,
-        "trials": len(planned.attempts) if planned else 0,
+        "trials": [tried(a) for a in planned.attempts] if planned else [],
         "resident_bytes": placement.resident_bytes(facts, Phase.STEP),
         "streamed_bytes": moved.pinned_bytes + moved.pageable_bytes,
     } | {k: v for k, v in placement.settings.items() if k.endswith("_bytes")}
+
+
+def tried(attempt: Attempt) -> dict[str, Any]:
+    """What a trial came to, in short."""
+    outcome = attempt.outcome
+    if isinstance(outcome, Failure):
+        return {"plan": attempt.plan.label, "phase": outcome.phase, "error": outcome.detail}
+    keys = ("image_s", "decode_s", "warmup_s", "peak_bytes", "starved")
+    return {"plan": attempt.plan.label} | {key: getattr(outcome, key) for key in keys}
 
 
 def searched(pipe: Any, run: Run, fidelity: str) -> Planned:

@@ -72,6 +72,8 @@ def profile_of(pipe: Any, plan: Plan, *ladder: Plan) -> Profile:
 
 def fit(pipe: Any, plan: Plan, device: str = "cpu", **options: Any) -> autofit.Applied:
     profile = profile_of(pipe, plan)
+    # On a card that others use the budget of this profile may be spent already.
+    options = {"enforce": device == "cpu", **options}
     return autofit.apply(pipe, profile=profile, device=device, verify=False, **options)
 
 

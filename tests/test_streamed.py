@@ -59,12 +59,16 @@ def test_encoders_and_vae_stream_once_an_image() -> None:
     assert all(some.traffic(FLUX, p).overlaps for p in Phase)
 
 
-def test_a_vae_that_is_cast_to_decode_stays() -> None:
-    facts = HalfPrecision("float16").facts(dataclasses.replace(FACTS, vae_upcasts=True))
+def test_a_vae_that_is_cast_to_decode_streams_as_it_was_cast() -> None:
+    half = HalfPrecision("float16").facts(dataclasses.replace(FACTS, vae_upcasts=True))
     some = Streamed(300)
-    assert some.traffic(facts, Phase.DECODE).pinned_bytes == 0
-    assert some.resident_bytes(facts, Phase.STEP) == 300
-    assert some.resident_bytes(facts, Phase.DECODE) == 325
+    facts = some.facts(half)
+    assert facts.vae is not None
+    assert half.vae is not None
+    assert (facts.vae.dtype, facts.vae.weight_bytes) == ("float32", 2 * half.vae.weight_bytes)
+    assert some.traffic(facts, Phase.DECODE).pinned_bytes == facts.vae.weight_bytes
+    assert {some.resident_bytes(facts, p) for p in Phase} == {300}
+    assert some.facts(FLUX) == FLUX
 
 
 def test_it_is_fitted_to_the_room() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from snapshots import differences
 from streaming_nets import noted, size_of
 
-from autofit import anatomy, probe, techniques
+from autofit import anatomy, techniques
 from autofit.spec import Plan, Technique, Workload
 from autofit.streaming import engine
 from autofit.streaming.parts import SMALL_SHARE, Part, parts
@@ -150,16 +151,25 @@ def test_with_other_techniques(
         assert_alike(image, wanted, device)
 
 
-@pytest.mark.parametrize(("name", "streams"), [("tiny-sd", True), ("tiny-sdxl", False)])
-def test_a_float16_vae_streams_unless_it_is_cast_to_decode(
-    name: str, streams: bool, pipes: Pipes, device: str, monkeypatch: pytest.MonkeyPatch
+def test_a_float16_vae_that_is_cast_to_decode_streams_as_it_was_cast(
+    pipes: Pipes, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, found = pipes[name], list[Part]()
+    pipe, found = pipes["tiny-sdxl"], list[Part]()
     monkeypatch.setattr(engine, "parts", lambda *asked: found.extend(parts(*asked)) or found)
-    with HalfPrecision("float16").applied(pipe, device), Streamed().applied(pipe, device):
-        decoder = next(p for p in found if p.module is pipe.vae.decoder)
-        assert bool(decoder.parameters) is streams
-        assert probe.facts(pipe).vae_upcasts is not streams
+    half = HalfPrecision("float16")
+    with half.applied(pipe, device), Resident().applied(pipe, device):
+        wanted = images(pipe)
+    with half.applied(pipe, device):
+        before = noted(pipe, device)
+        with Streamed(None, UNIT_BYTES).applied(pipe, device):
+            decoder = next(p for p in found if p.module is pipe.vae.decoder)
+            assert {w.dtype for w in decoder.parameters} == {torch.float32}
+            for _ in range(3):
+                assert_alike(images(pipe), wanted, device)
+                assert pipe.vae.dtype == torch.float16  # what the pipe, and its owner, go by
+            assert type(pipe.vae) is not diffusers.AutoencoderKL
+        assert type(pipe.vae) is diffusers.AutoencoderKL
+        assert differences(before, noted(pipe, device)) == []
 
 
 @pytest.mark.parametrize("share", [0.3, 1.2])

@@ -314,10 +314,8 @@ def _not_capturable(capture: Any) -> Any:
     return wrapped
 
 
-def test_an_image_ends_where_no_encoder_runs_and_no_vae_streams(
-    pipes: Pipes, device: str, replays: Any
-) -> None:
-    """A prompt that was cached, and a float16 VAE that stays since it is cast to decode."""
+def test_an_image_ends_where_no_encoder_runs(pipes: Pipes, device: str, replays: Any) -> None:
+    """A prompt that was cached, and a float16 VAE that is cast to decode."""
     pipe = pipes["tiny-sdxl"]
     half = HalfPrecision("float16")
     streamed = Streamed(weights_bytes(pipe, 0.5), UNIT_BYTES)

@@ -136,16 +136,15 @@ def streaming(
     loan_bytes: int | None = 0,
     *,
     unit_bytes: int | None = None,
-    stays: Sequence[nn.Module] = (),
 ) -> Iterator[None]:
     """Run a pipe with at most ``weights_bytes`` of its weights on the device; None: the least.
 
     While the denoiser runs ``loan_bytes`` more are there, in memory that the VAE works in; None:
     four units. The VAE may need more than these, and what it needs it keeps.
 
-    ``stays`` are components kept on the device whole. Buffers and weights below a 512th of a unit
-    stay there too; all of these count. On exit all weights are in host memory: the same bits, the
-    small ones of a CUDA device in other memory, side by side.
+    Buffers and weights below a 512th of a unit stay on the device and count. On exit all weights
+    are in host memory: the same bits, the small ones of a CUDA device in other memory, side by
+    side.
     """
     components = anatomy.modules(pipe)
     modules = list(components.values())
@@ -153,7 +152,7 @@ def streaming(
     lenders = [entry for name, module in vaes.items() for entry in entries(name, module)]
     largest_bytes = max(sum(t.nbytes for _, _, t in anatomy.tensors(m)) for m in modules)
     unit_bytes = unit_bytes or unit_bytes_for(largest_bytes)
-    found = parts(pipe, stays, unit_bytes)
+    found = parts(pipe, unit_bytes)
     moving = {id(p) for part in found for p in part.parameters}
     with ExitStack() as undo:
         for module in modules:

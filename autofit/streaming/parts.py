@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,9 +68,8 @@ class Part:
         return [Item(u.size_bytes, t) for u, t in zip(order, times_s, strict=True)]
 
 
-def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
-    """Divide a pipe into parts; of those in ``stays`` nothing streams, but they tell where an image
-    ends.
+def parts(pipe: Any, unit_bytes: int) -> list[Part]:
+    """Divide a pipe into parts.
 
     A VAE is entered by its encoder or its decoder, anything else by itself. Memory that two parts
     or two parameters share does not stream.
@@ -79,7 +78,6 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
     found = [
         (name, entry) for name, module in components.items() for entry in entries(name, module)
     ]
-    staying = {id(p) for module in stays for p in module.parameters()}
     owners = Counter(p.data_ptr() for _, entry in found for p in entry.parameters())
     small_bytes = unit_bytes // SMALL_SHARE
     return [
@@ -90,10 +88,7 @@ def parts(pipe: Any, stays: Sequence[nn.Module], unit_bytes: int) -> list[Part]:
             parameters=tuple(
                 p
                 for p in entry.parameters()
-                if owners[p.data_ptr()] == 1
-                and p.nbytes > small_bytes
-                and is_streamable(p)
-                and id(p) not in staying
+                if owners[p.data_ptr()] == 1 and p.nbytes > small_bytes and is_streamable(p)
             ),
         )
         for name, entry in found

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from autofit import anatomy
-from autofit.lazy import nn, torch
+from autofit.lazy import torch
 from autofit.spec import (
     BadInput,
     Device,
     Phase,
     Pipeline,
     Placement,
-    Role,
     Technique,
     Traffic,
     Workload,
@@ -38,8 +38,8 @@ class Streamed(Placement):
 
     ``weights_bytes`` None holds the least, and marks the placement as open: the search sets it from
     the budget. ``unit_bytes`` bounds what is streamed at a time; None takes a 64th of the largest
-    component, at most 32 MiB. A float16 VAE that is cast to float32 to decode stays on the
-    device whole, since the cast replaces its weights.
+    component, at most 32 MiB. A float16 VAE that is cast to float32 to decode is held in float32
+    in host memory, the same values, so that its weights can stream.
 
     ``borrows``: while the denoiser runs, ``borrowed_bytes`` more of its weights are there, in
     memory that the VAE works in afterwards. They come anew for each image, which costs one transfer
@@ -64,12 +64,14 @@ class Streamed(Placement):
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
         from autofit.streaming import streaming
 
-        target, stays = torch.device(device), _stays(pipe)
+        target = torch.device(device)
         loan_bytes = self.borrowed_bytes if self.borrows else 0
-        with streaming(
-            pipe, target, self.weights_bytes, loan_bytes, unit_bytes=self.unit_bytes, stays=stays
-        ):
+        cast, streams = _cast_for_good(pipe), functools.partial(streaming, pipe, target)
+        with cast, streams(self.weights_bytes, loan_bytes, unit_bytes=self.unit_bytes):
             yield
+
+    def facts(self, pipeline: Pipeline) -> Pipeline:
+        return as_run(pipeline, Phase.DECODE)  # where a VAE is cast, in all phases
 
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         if self.borrows and pipeline.vae is None:
@@ -101,9 +103,8 @@ class Streamed(Placement):
         )
 
     def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
-        cast_bytes = as_run(pipeline, phase).weight_bytes - pipeline.weight_bytes
         borrowed_bytes = self._borrowed_bytes if phase is Phase.STEP else 0
-        return self._held_bytes(pipeline) + cast_bytes + borrowed_bytes
+        return self._held_bytes(pipeline) + borrowed_bytes
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """The denoiser's weights come first; what all else needs, once it fits beside these, stays
@@ -114,10 +115,8 @@ class Streamed(Placement):
         if phase is Phase.STEP:
             room_bytes += self._borrowed_bytes
             moved_bytes = self._streamed_bytes(pipeline, denoiser_bytes - room_bytes, room_bytes)
-        elif room_bytes >= pipeline.weight_bytes - self._kept_bytes(pipeline):
+        elif room_bytes >= pipeline.weight_bytes:
             moved_bytes = 0
-        elif phase is Phase.DECODE:
-            moved_bytes -= self._kept_bytes(pipeline)
         moved_bytes *= runs(pipeline, phase)
         if phase is Phase.ENCODE:  # once an image, as much as its own memory does not hold
             moved_bytes += min(self._borrowed_bytes, max(0, denoiser_bytes - room_bytes))
@@ -143,11 +142,7 @@ class Streamed(Placement):
         return self._settled_bytes(pipeline) + LEAST_UNITS * largest_bytes
 
     def _settled_bytes(self, pipeline: Pipeline) -> int:
-        return self._kept_bytes(pipeline) + int(SETTLED_SHARE * pipeline.weight_bytes)
-
-    def _kept_bytes(self, pipeline: Pipeline) -> int:
-        upcasts = as_run(pipeline, Phase.DECODE) is not pipeline
-        return total_bytes(pipeline.of_role(Role.VAE)) if upcasts else 0
+        return int(SETTLED_SHARE * pipeline.weight_bytes)
 
     @property
     def traits(self) -> frozenset[str]:
@@ -157,8 +152,29 @@ class Streamed(Placement):
 STREAMED: tuple[Technique, ...] = (Streamed(), Streamed(borrows=True))
 
 
-def _stays(pipe: Any) -> list[nn.Module]:
+@contextmanager
+def _cast_for_good(pipe: Any) -> Iterator[None]:
+    """Have a float16 VAE that the pipe casts to float32, and back, in float32 all the time. The
+    pipe goes by what the VAE says, which is what it was cast to last."""
     vae = anatomy.vae(pipe)
     if vae is None or vae.dtype != torch.float16 or not anatomy.upcasts(pipe):
-        return []
-    return [vae]
+        yield
+        return
+    found, said = type(vae), [vae.dtype]
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is None or device is not None or layout is not None:
+            return found.to(self, *args, **kwargs)
+        said[0] = dtype
+        return self
+
+    own = {"dtype": property(lambda _: said[0]), "to": to}
+    names = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
+    with anatomy.weights_held(vae):
+        vae.to(torch.float32)
+        vae.__class__ = type(found.__name__, (found,), own | names)
+        try:
+            yield
+        finally:
+            vae.__class__ = found
