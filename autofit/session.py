@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autofit import anatomy, host, host_budget, probe, report, store, trust
+from autofit import anatomy, host, host_budget, pinning, probe, report, store, trust
 from autofit.applied import Applied, parked
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
@@ -151,7 +151,7 @@ def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Mea
             worker.close()
     else:
         _check_untouched(model)
-        with parked(model):
+        with parked(model), pinning.kept():
             yield InProcess(model, device)
 
 

@@ -343,6 +343,11 @@ class Placement(Technique):
         of steps cannot."""
         return False
 
+    @property
+    def page_locks(self) -> bool:
+        """Whether it page-locks weights in host memory, which makes any copy of them faster."""
+        return False
+
     def fitted(
         self, pipeline: Pipeline, room_bytes: int, decode_bytes: int = 0
     ) -> Placement | None:

@@ -16,20 +16,30 @@ from autofit.pinning import SMALLEST_BYTES, host_registered
 class _Runtime:
     """Stands for the CUDA runtime: refuses what it is told to."""
 
-    def __init__(self, refused: int | None = None) -> None:
-        self.refused = refused
+    def __init__(self) -> None:
+        self.refused: int | None = None
         self.locked: dict[int, int] = {}
+        self.asked = 0
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         if pointer == self.refused:
             return 801
         assert pointer not in self.locked
+        self.asked += 1
         self.locked[pointer] = size
         return 0
 
     def cudaHostUnregister(self, pointer: int) -> int:
         del self.locked[pointer]
         return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> _Runtime:
+    found = _Runtime()
+    monkeypatch.setattr(pinning, "_runtime", lambda: found)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return found
 
 
 def _weights() -> nn.ModuleDict:
@@ -39,10 +49,8 @@ def _weights() -> nn.ModuleDict:
     return nn.ModuleDict({"a": first, "b": second, "c": tied, "small": nn.Linear(8, 8)})
 
 
-def test_large_storages_are_registered_once_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, modules = _Runtime(), _weights()
-    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+def test_large_storages_are_registered_once_and_released(runtime: _Runtime) -> None:
+    modules = _weights()
     with host_registered([modules], "cpu"):
         pointers = {modules[n].weight.data_ptr() for n in "ab"}
         assert set(runtime.locked) == pointers
@@ -50,24 +58,64 @@ def test_large_storages_are_registered_once_and_released(monkeypatch: pytest.Mon
     assert runtime.locked == {}
 
 
-def test_what_the_host_has_no_room_for_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, modules = _Runtime(), _weights()
-    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+def test_what_the_host_has_no_room_for_is_left(
+    runtime: _Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = _weights()
     monkeypatch.setattr(host, "limit_bytes", lambda: 4 * SMALLEST_BYTES)
     with host_registered([modules["b"], modules], "cpu"):
         assert set(runtime.locked) == {modules["b"].weight.data_ptr()}
     assert runtime.locked == {}
 
 
-def test_a_storage_that_is_refused_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_is_refused_is_left(runtime: _Runtime) -> None:
     modules = _weights()
-    runtime = _Runtime(refused=modules["a"].weight.data_ptr())
-    monkeypatch.setattr(pinning, "_runtime", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    runtime.refused = modules["a"].weight.data_ptr()
     with host_registered([modules], "cpu"):
         assert set(runtime.locked) == {modules["b"].weight.data_ptr()}
     assert runtime.locked == {}
+
+
+def test_what_is_kept_is_registered_once(
+    runtime: _Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = _weights()
+    pointers = {name: modules[name].weight.data_ptr() for name in "ab"}
+    with pinning.kept():
+        for _ in range(3):
+            with host_registered([modules], "cpu"):
+                assert set(runtime.locked) == {*pointers.values()}
+            assert set(runtime.locked) == {*pointers.values()}
+        assert runtime.asked == 2
+        with host_registered([modules["a"]], "cpu"):
+            assert set(runtime.locked) == {pointers["a"]}
+        monkeypatch.setattr(host, "limit_bytes", lambda: 4 * SMALLEST_BYTES)
+        with host_registered([modules["a"], modules["b"]], "cpu"):  # there is room for one
+            assert set(runtime.locked) == {pointers["a"]}
+    assert runtime.locked == {}
+    with host_registered([modules["a"]], "cpu"):
+        pass
+    assert runtime.locked == {}
+
+
+def test_what_is_kept_is_held_until_it_is_let_go(runtime: _Runtime) -> None:
+    """Memory that is freed while it is page-locked may be given to somebody else."""
+    module = nn.Linear(1024, 512, bias=False)
+    found = module.weight.data
+    with pinning.kept():
+        module.weight.data = found.double()
+        with host_registered([module], "cpu"):
+            (cast,) = runtime.locked
+        module.weight.data = found
+        others = [torch.empty(1024 * 512, dtype=torch.float64) for _ in range(8)]
+        assert cast not in {t.data_ptr() for t in others}
+        assert set(runtime.locked) == {cast}
+        pinning.let_go(but=[module])
+        assert runtime.locked == {}
+        with host_registered([module], "cpu"):
+            pass
+        pinning.let_go(but=[module])
+        assert set(runtime.locked) == {found.data_ptr()}
 
 
 @pytest.mark.gpu

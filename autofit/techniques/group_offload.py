@@ -144,6 +144,10 @@ class GroupOffload(Placement):
         return component.weight_bytes
 
     @property
+    def page_locks(self) -> bool:
+        return self.stream
+
+    @property
     def traits(self) -> frozenset[str]:
         found = {self.name}
         if self.keep is None:

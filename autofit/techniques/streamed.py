@@ -145,6 +145,10 @@ class Streamed(Placement):
         return int(SETTLED_SHARE * pipeline.weight_bytes)
 
     @property
+    def page_locks(self) -> bool:
+        return True
+
+    @property
     def traits(self) -> frozenset[str]:
         return frozenset({self.name, "hooks_layers"})
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
-from autofit import anatomy, probe, techniques
+from autofit import anatomy, pinning, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
 from autofit.trial.cap import Outside, capped
 from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
@@ -60,6 +60,8 @@ def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
     """Run one trial. The pipe is found with its weights on the CPU, and left so."""
     failure: Failure | None = None
     trial = _Trial(pipe, request, outside)
+    if not request.plan.placement.page_locks:
+        pinning.let_go()  # else its copies would be faster than they are
     try:
         with capped(outside, request.cap_bytes, request.set_aside_bytes), torch.no_grad():
             outcome: Outcome = trial.run()
@@ -72,6 +74,7 @@ def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
             failure = Failure(Why.ERROR, _one_line(error), trial.phase)
     # Out of the except block first: the traceback keeps the failed run's tensors alive.
     release(outside.device)
+    pinning.let_go(but=anatomy.modules(pipe).values())  # what was cast for the trial
     return failure or outcome
 
 

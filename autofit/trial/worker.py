@@ -11,7 +11,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from autofit import architectures, probe
+from autofit import architectures, pinning, probe
 from autofit.probe import memory
 from autofit.spec import BadInput
 from autofit.trial.cap import Outside
@@ -36,13 +36,14 @@ def serve(connection: Connection) -> None:
     gc.collect()
     gc.freeze()
     connection.send(subject)
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        assert isinstance(request, Request)
-        connection.send(measure(pipe, request, outside))
+    with pinning.kept():
+        while True:
+            try:
+                request = connection.recv()
+            except EOFError:
+                return
+            assert isinstance(request, Request)
+            connection.send(measure(pipe, request, outside))
 
 
 def _die_with_parent(life: int) -> None:
