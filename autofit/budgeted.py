@@ -35,7 +35,7 @@ class Trials:
 
     def __init__(self, measurer: Measurer, task: Task, image: Path) -> None:
         """``image`` is the file of the study's reference, kept from run to run."""
-        self.measurer, self.task, self._image = measurer, task, image
+        self.measurer, self.task, self.image = measurer, task, image
         self._set_aside_bytes = 0
         self._began = False
         self.first = [r] if (r := self._choose_reference()) else []
@@ -43,11 +43,11 @@ class Trials:
     def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
         """One trial. The first that succeeds is the reference that the others are compared with;
         other processes of this machine wait for its image."""
-        if not self._image.exists():
-            with FileLock(self._image.with_suffix(".lock")):
-                if not self._image.exists():
+        if not self.image.exists():
+            with FileLock(self.image.with_suffix(".lock")):
+                if not self.image.exists():
                     return self._without_image(plan)
-        return self._measure(plan, give_up_s=give_up_s, reference=self._image)
+        return self._measure(plan, give_up_s=give_up_s, reference=self.image)
 
     def _without_image(self, plan: Plan) -> Outcome:
         """A trial whose image is kept. Where another machine of the study has measured the
@@ -58,10 +58,10 @@ class Trials:
             facts = task.pipeline, task.device, task.workload
             reference = cost.fitted(self.first[0], *facts, task.budget_bytes, task.basis)
             if reference is not None:
-                self._measure(reference, output=self._image)
-            if self._image.exists():
-                return self._measure(plan, reference=self._image)
-        return self._measure(plan, output=self._image)
+                self._measure(reference, output=self.image)
+            if self.image.exists():
+                return self._measure(plan, reference=self.image)
+        return self._measure(plan, output=self.image)
 
     def verify(self, found: Found) -> Attempt:
         """Measure the best in full; where it disappoints, the next ones too. The best wins."""
@@ -91,14 +91,14 @@ class Trials:
     def _whole(self, plan: Plan) -> tuple[Plan, Outcome]:
         """Measure a plan in full, and once more where it fails: in a fresh process, and where
         memory was short with fewer weights on the device, if its placement allows that."""
-        outcome = self._measure(plan, full=True, reference=self._image)
+        outcome = self._measure(plan, full=True, reference=self.image)
         if isinstance(outcome, Measurement):
             return plan, outcome
         self.measurer.renew()  # perhaps it failed of what earlier trials left in the process
         if ran_out(outcome):
             less_bytes = int(STEP * self.task.budget_bytes)
             plan = cost.narrowed(plan, self.task.pipeline, less_bytes) or plan
-        return plan, self._measure(plan, full=True, reference=self._image)
+        return plan, self._measure(plan, full=True, reference=self.image)
 
     def smallest_bytes(self, plans: Sequence[Plan]) -> int | None:
         """The least peak of these plans, measured without a cap."""

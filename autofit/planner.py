@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from autofit import cost, host_budget, limits, studies, techniques
@@ -85,6 +86,7 @@ class Planned:
     attempts: tuple[Attempt, ...]
     ruled_out: tuple[tuple[Technique | Plan, str], ...]
     subject: Subject
+    image: Path  # that its trials were compared with
 
     @property
     def limit_s(self) -> float | None:
@@ -102,11 +104,13 @@ def find_plan(
     defaults: str | None = None,
     foresee: Foresee = lambda _: {},
     helped: AbstractContextManager[Any] | None = None,
+    after: Planned | None = None,
 ) -> Planned:
     """Search and verify. ``defaults`` names a built-in model whose size and steps are taken.
     ``foresee`` says of a task what is known of each phase before a trial; ``helped`` is entered
-    while the study is searched, for others to search it too."""
-    task, unhosted, trials, searched = _begun(measurer, goal, effort, defaults, foresee)
+    while the study is searched, for others to search it too. ``after`` was planned of the same
+    question for a larger budget: what was tried there is known here."""
+    task, unhosted, trials, searched = _begun(measurer, goal, effort, defaults, foresee, after)
     pipeline, device, workload = task.pipeline, task.device, task.workload
     listener.stage(f"{len(task.plans)} legal plans for {pipeline.cls} on {device.name}")
     with helped or nullcontext():
@@ -118,7 +122,7 @@ def find_plan(
     options = techniques.options(pipeline, device, workload)
     ruled_out = tuple((t, why) for t, why in options if why)
     subject = replace(measurer.subject, device=device)
-    return Planned(profile, found.attempts, (*ruled_out, *unhosted), subject)
+    return Planned(profile, found.attempts, (*ruled_out, *unhosted), subject, trials.image)
 
 
 def help_search(
@@ -130,7 +134,12 @@ def help_search(
 
 
 def _begun(
-    measurer: Measurer, goal: Goal, effort: Effort, defaults: str | None, foresee: Foresee
+    measurer: Measurer,
+    goal: Goal,
+    effort: Effort,
+    defaults: str | None,
+    foresee: Foresee,
+    after: Planned | None = None,
 ) -> tuple[Task, host_budget.RuledOut, Trials, Callable[..., Found]]:
     """What is searched for, and what the host's memory rules out; who measures it, and the search
     itself, its study opened."""
@@ -142,7 +151,8 @@ def _begun(
     task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
     task = replace(task, basis=foresee(task))
     name = _study_name(task, goal)
-    trials = Trials(measurer, task, studies.image(name, fresh=effort.fresh))
+    image = after.image if after else studies.image(name, fresh=effort.fresh)
+    trials = Trials(measurer, task, image)
     searched = partial(
         search,
         task,
@@ -151,6 +161,7 @@ def _begun(
         first=trials.first,
         storage=studies.storage(effort.storage, name, fresh=effort.fresh),
         name=name,
+        known=after.attempts if after else (),
     )
     return task, unhosted, trials, searched
 

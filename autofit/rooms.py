@@ -109,6 +109,14 @@ class Rooms:
         tried: Bools = (self._trials >= 1) & (self._trials <= REFITS)
         return tried & ~self._settled & other
 
+    def inform(self, number: int, weights_bytes: int, outcome: Measurement) -> None:
+        """Learn from a trial for a larger budget: what is beside the weights is the same."""
+        i = self.index[number]
+        self._trials[i] = 1
+        self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
+        if outcome.peak_bytes <= self._budget_bytes:
+            self._low[i] = weights_bytes + int(STEP * self._budget_bytes)
+
     def learn(self, number: int, weights_bytes: int, outcome: Outcome) -> None:
         i = self.index[number]
         self._trials[i] += 1

@@ -105,6 +105,7 @@ class PlanSampler(BaseSampler):
     def __init__(self, task: Task) -> None:
         self.task = task
         self.attempts: list[Attempt] = []
+        self._informed = 0  # how many of these are of larger budgets
         self.tried: set[int] = set()
         self.held: frozenset[int] = frozenset()
         self.next: Plan | None = None
@@ -185,6 +186,25 @@ class PlanSampler(BaseSampler):
             self._choices.learn(number, outcome)
         self._surrogate.learn(number, plan, outcome, best_s)
 
+    def inform(self, attempt: Attempt) -> None:
+        """Learn from a trial of the same question for a larger budget: how fast a plan is there, it
+        is here, if it fits."""
+        plan, outcome = attempt.plan, attempt.outcome
+        number = self._numbers.get(cost.placed(plan, plan.placement.opened))
+        if number is None:
+            return
+        if isinstance(outcome, Failure):
+            if is_fault(outcome) or (ran_out(outcome) and not self._open[number]):
+                self.learn(plan, outcome)
+        elif self._open[number]:
+            self.tried.add(number)
+            self.attempts.append(Attempt(self._with(number, plan.placement), outcome))
+            self._choices.learn(number, outcome)
+            self._surrogate.inform(number, plan, outcome)
+        else:
+            self.learn(plan, outcome)
+        self._informed = len(self.attempts)
+
     def _learn_hope(self, number: int, outcome: Outcome, before: Attempt | None) -> None:
         """Count the hopes that failed. A trial that did not fit, or broke, says nothing of them."""
         now = best_attempt(self.attempts, self.task)
@@ -241,8 +261,9 @@ class PlanSampler(BaseSampler):
     def _until_one_fits(self, untried: Any, fits: Any) -> int | None:
         """Before anything was measured within the budget: the fastest that should fit and is plain,
         else of the leanest the fastest."""
-        hopeless = len(self.attempts) >= HOPELESS
-        if hopeless and all(is_fault(a.outcome) for a in self.attempts):
+        own = self.attempts[self._informed :]
+        hopeless = len(own) >= HOPELESS
+        if hopeless and all(is_fault(a.outcome) for a in own):
             return None  # it is not the plans that are at fault
         for mask in (fits & self._choices.plain(), fits):
             if mask.any():

@@ -61,14 +61,19 @@ def search(
     storage: Any = None,
     name: str | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    known: Sequence[Attempt] = (),
 ) -> Found:
     """Search the fastest plan within the budget. The same storage and name resume a study, or join
     one that other processes are at: the limit of trials is on what all of them measure meanwhile.
 
     ``measure`` takes a plan and the seconds after which its trial may give up. ``first`` are tried
-    before all others. Ctrl-C ends the search and keeps what was measured.
+    before all others. ``known`` was measured of the same question for larger budgets, and is
+    among the attempts. Ctrl-C ends the search and keeps what was measured.
     """
-    run = _Run(task, measure, limits, Ledger(storage, name, PlanSampler(task)), on_progress)
+    sampler = PlanSampler(task)
+    for attempt in known:
+        sampler.inform(attempt)
+    run = _Run(task, measure, limits, Ledger(storage, name, sampler), on_progress)
     interrupted = False
     try:
         run.all(first)

@@ -151,6 +151,13 @@ class Surrogate:
             self._rooms.learn(number, held_bytes, outcome)
         self._fits = None
 
+    def inform(self, number: int, plan: Plan, outcome: Measurement) -> None:
+        """Learn from a trial of an open plan for a larger budget."""
+        self._learn_measurement(number, plan, outcome)
+        held_bytes = cost.held_bytes(plan.placement, self._facts[number])
+        self._rooms.inform(number, held_bytes, outcome)
+        self._fits = None
+
     def _learn_measurement(self, number: int, plan: Plan, outcome: Measurement) -> None:
         later_s = statistics.median(outcome.step_s[1:] or outcome.step_s)
         first_s = max(0.0, outcome.step_s[0] - later_s)  # transfers once an image

@@ -68,6 +68,25 @@ def test_finds_nearly_the_fastest_of_all_plans() -> None:
     assert max(regrets) <= 1.25
 
 
+def test_what_was_tried_for_a_larger_budget_is_known() -> None:
+    """A second budget needs fewer trials, and finds as good a plan."""
+    alone, informed, times = 0, 0, []
+    for seed in range(3):
+        known: tuple[Attempt, ...] = ()
+        for budget_bytes in map(gib, (12, 8, 6, 4)):
+            asked, world, again = task(budget_bytes), *(World(budget_bytes, seed) for _ in "ab")
+            found = search(asked, world.measure, known=known)
+            anew = search(asked, again.measure)
+            both = [within(f.attempts, budget_bytes) for f in (found, anew)]
+            times.append(asked.objective_s(both[0]) / asked.objective_s(both[1]))
+            if known:
+                alone, informed = alone + len(again.calls), informed + len(world.calls)
+            known = found.attempts
+    assert informed <= 0.6 * alone
+    assert statistics.mean(times) <= 1.01
+    assert max(times) <= 1.15
+
+
 def test_the_best_is_within_the_budget_and_no_plan_runs_twice() -> None:
     world = World(gib(6))
     found = search(task(gib(6)), world.measure)
