@@ -3,7 +3,8 @@
 Facts of each phase come from the pipeline's own operations on tensors without memory
 (``dryrun``), seconds from a roofline by operation, weights and transfers from the placements'
 arithmetic. Only techniques whose effect follows from the operations are predicted: precision,
-decode, guidance and placement. What execution and attention kernels gain has to be measured.
+decode, feed-forward, guidance and placement. What execution and attention kernels gain has to be
+measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from autofit.spec import (
 )
 from autofit.techniques.space import legal_plans
 
-PREDICTED = (Slot.PRECISION, Slot.DECODE, Slot.GUIDANCE, Slot.PLACEMENT)
+PREDICTED = (
+    Slot.PRECISION, Slot.DECODE, Slot.FEED_FORWARD, Slot.GUIDANCE, Slot.PLACEMENT,
+)  # fmt: skip
 # How far off peak and time were on an H200 at most, and in the median: tests/test_forecast.py.
 PEAK_BAND, TIME_BAND = 0.10, 0.25
 # What the allocator reserves for a byte of live activations, by its rounding and fragments. In

@@ -168,7 +168,7 @@ class PlanSampler(BaseSampler):
         return attempt
 
     def _plan_of(self, trial: FrozenTrial) -> Plan | None:
-        return self._by_parameters.get(tuple(trial.params.get(s.value, "") for s in Slot))
+        return self._by_parameters.get(tuple(trial.params.get(s.value, NONE) for s in Slot))
 
     def hold(self, trials: Iterable[FrozenTrial]) -> None:
         """Propose no plan of these trials, which others are at; and all others again."""

@@ -176,6 +176,7 @@ class Pipeline:
     offload_sequence: tuple[str, ...] = ()  # diffusers' model_cpu_offload_seq
     repeated_blocks: tuple[str, ...] = ()  # classes that regional compile compiles
     sliceable_attention: bool = False
+    feed_forward_bound: bool = False  # feed-forward layers hold the most, and take any tokens
     vae_slices: bool = False
     vae_tiles: Literal["attributes", "arguments"] | None = None
     vae_upcasts: bool = False  # its configuration asks for float32 when the VAE is float16
@@ -217,13 +218,15 @@ class Slot(StrEnum):
     """What competes for one place in a plan, in order of application.
 
     Placement comes last: model offload re-installs its hooks after every call and would drop what
-    wraps the denoiser above them. Execution comes before attention and guidance, which wrap it.
+    wraps the denoiser above them. Execution comes before attention and guidance, which wrap it,
+    and after the feed-forward layers, which it holds.
     """
 
     PRECISION = "precision"
     DENOISER_FORMAT = "denoiser_format"
     VAE_FORMAT = "vae_format"
     DECODE = "decode"
+    FEED_FORWARD = "feed_forward"
     EXECUTION = "execution"
     ATTENTION = "attention"
     GUIDANCE = "guidance"

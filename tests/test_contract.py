@@ -22,6 +22,7 @@ from autofit.probe import facts, probe_device
 from autofit.spec import Device, Fidelity, Kernel, Phase, Pipeline, Slot, Technique, Workload
 from autofit.techniques import CANDIDATES, KINDS
 from autofit.techniques.decode import TiledVae
+from autofit.techniques.feed_forward import ChunkedFeedForward
 from autofit.techniques.placement import Resident
 from autofit.trial import generate
 
@@ -32,9 +33,11 @@ CLOSE_DB = 30.0
 # have nothing in common are at 8 dB.
 CLOSE_BFLOAT16_DB = 17.0
 EXACT_CUDA_DB = 60.0  # memory at another address may get another convolution kernel
-# Images as small as these are one tile of any candidate: what is run has tiles that cut them.
-TILES = (TiledVae(SIDE_PX, 0.25), TiledVae(SIDE_PX, 0.25, sliced=True))
-RUN = (*(t for t in CANDIDATES if not isinstance(t, TiledVae)), *TILES)
+# Images as small as these are one tile of any candidate, and one chunk: what is run has tiles and
+# chunks that cut them.
+CUT = (TiledVae, ChunkedFeedForward)
+SMALL = (TiledVae(SIDE_PX, 0.25), TiledVae(SIDE_PX, 0.25, sliced=True), ChunkedFeedForward(24))
+RUN = (*(t for t in CANDIDATES if not isinstance(t, CUT)), *SMALL)
 
 
 def each(techniques: Iterable[Technique]) -> pytest.MarkDecorator:

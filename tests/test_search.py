@@ -11,13 +11,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
+from pydantic import TypeAdapter
 from worlds import CARD, LARGE, SDXL, World, gib, opened
 
 from autofit import cost
-from autofit.sampler import HOPELESS, PATIENCE, Task, parameters, ranking
+from autofit.sampler import HOPELESS, PATIENCE, PlanSampler, Task, parameters, ranking
 from autofit.search import Limits, Progress, search
 from autofit.spec import (
     Attempt,
@@ -187,6 +189,24 @@ def test_the_study_holds_one_categorical_a_slot_the_constraint_and_the_states(
             assert trial.constraints["peak_bytes"] == attempt.outcome.peak_bytes - gib(6)
         else:
             assert trial.state is TrialState.PRUNED
+
+
+def test_trials_from_before_a_slot_came_are_known() -> None:
+    asked = task(gib(6))
+    found = search(asked, World(gib(6)).measure).attempts[0]
+    params = parameters(opened(found.plan))
+    assert params.pop(Slot.FEED_FORWARD.value) == "none"
+    outcome = TypeAdapter(Measurement | Failure).dump_python(found.outcome, mode="json")
+    placement = found.plan.placement.settings
+    stored = optuna.trial.create_trial(
+        state=TrialState.PRUNED,
+        params=params,
+        distributions={k: CategoricalDistribution([v]) for k, v in params.items()},
+        user_attrs={"outcome": outcome, "placement": placement},
+    )
+    sampler = PlanSampler(asked)
+    assert sampler.recall(stored) == found
+    assert not sampler.is_due(opened(found.plan))
 
 
 def test_gives_slow_trials_a_bound_and_keeps_them_as_failures() -> None:

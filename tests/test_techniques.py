@@ -35,6 +35,7 @@ from autofit.spec import (
 from autofit.techniques import CANDIDATES, CLASHES, KINDS, Clash, execution
 from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.execution import RegionalCompile, TracedDenoiser
+from autofit.techniques.feed_forward import ChunkedFeedForward
 from autofit.techniques.group_offload import GroupOffload
 from autofit.techniques.guidance import TwoPasses
 from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
@@ -124,6 +125,10 @@ def test_settings_that_contradict_each_other_are_bad_input(settings: dict[str, A
         (CudaGraph(), Resident(), False),
         (CudaGraph(), KEEP, False),
         (CudaGraph(compiled=True), KEEP, False),
+        (ChunkedFeedForward(16384), SequentialOffload(), True),
+        (ChunkedFeedForward(16384), LEAF, True),
+        (ChunkedFeedForward(16384), KEEP, False),
+        (ChunkedFeedForward(16384), Streamed(), False),
         (TwoPasses(), LEAF_STREAM, True),
         (TwoPasses(), LEAF, False),
         (TwoPasses(), KEEP, False),

@@ -20,7 +20,7 @@ __all__ = ["DryRun"]
 
 # What changes the operations of each part. A placement only moves weights; execution and memory
 # formats change how operations are merged and laid out, which these facts do not say.
-_FRONT = (Slot.PRECISION, Slot.ATTENTION, Slot.GUIDANCE)
+_FRONT = (Slot.PRECISION, Slot.FEED_FORWARD, Slot.ATTENTION, Slot.GUIDANCE)
 _DECODE = (Slot.PRECISION, Slot.DECODE)
 
 

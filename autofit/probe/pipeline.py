@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention import FeedForward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -52,6 +53,7 @@ def facts(pipe: Any) -> Pipeline:
         offload_sequence=tuple(filter(None, (pipe.model_cpu_offload_seq or "").split("->"))),
         repeated_blocks=tuple(getattr(denoiser, "_repeated_blocks", None) or ()),
         sliceable_attention=hasattr(denoiser, "set_attention_slice"),
+        feed_forward_bound=_feed_forward_bound(denoiser),
         vae_slices=hasattr(vae, "use_slicing"),
         vae_tiles=_tiling_family(vae),
         vae_upcasts=anatomy.upcasts(pipe),
@@ -165,6 +167,18 @@ def _hidden_size(denoiser: nn.Module) -> int:
 def _head_sizes(denoiser: nn.Module) -> tuple[int, ...]:
     attentions = [m for m in denoiser.modules() if hasattr(m, "heads") and hasattr(m, "inner_dim")]
     return tuple(sorted({int(m.inner_dim) // int(m.heads) for m in attentions}))  # type: ignore[arg-type]
+
+
+def _feed_forward_bound(denoiser: nn.Module) -> bool:
+    """Whether diffusers' feed-forward layers hold the most, by where they stand: in a UNet at full
+    resolution (SDXL's are below it), in a transformer in every block (the single ones of Flux-like
+    models have others). Dry runs of the built-in models say the same."""
+    lists = [m for m in denoiser.children() if isinstance(m, nn.ModuleList) and len(m)]
+    unet: Any = getattr(denoiser, "down_blocks", None)
+    blocks = unet[:1] if unet is not None else [block for blocks in lists for block in blocks]
+    return len(blocks) > 0 and all(
+        any(isinstance(m, FeedForward) for m in block.modules()) for block in blocks
+    )
 
 
 def _default_size(pipe: Any, denoiser: nn.Module, scale: int) -> tuple[int, int]:

@@ -131,7 +131,7 @@ class _Divider:
         self._all = {id(w.parameter) for w in weights}
         self._free = {id(w.parameter): w for w in weights}
         self._record, self._unit_bytes = record, unit_bytes
-        self._calls = set(map(id, record.calls))
+        self._calls = Counter(map(id, record.calls))
         self._units: dict[int, Unit] = {}  # by the id of the module
         self.spare: list[Unit] = []
 
@@ -158,7 +158,17 @@ class _Divider:
     def _small(self, part: nn.Module, inside: Sequence[Weight]) -> bool:
         if sum(w.host.nbytes for w in inside) <= self._unit_bytes:
             return True
-        return _is_compiled(part) or not any(map(self._inside, part.children()))
+        whole = _is_compiled(part) or self._repeats(part)
+        return whole or not any(map(self._inside, part.children()))
+
+    def _repeats(self, part: nn.Module) -> bool:
+        """Whether all that holds its weights runs oftener than it does, by turns: chunk by chunk,
+        each of which needs all of them."""
+        times = [self._calls[id(m)] for m in part.modules() if self._owns(m)]
+        return 0 < self._calls[id(part)] < min(times, default=0)
+
+    def _owns(self, module: nn.Module) -> bool:
+        return any(id(p) in self._free for p in module.parameters(recurse=False))
 
     def _take(self, part: nn.Module, inside: tuple[Weight, ...]) -> bool:
         """Make a unit of the part, if its weights are used while it runs and nowhere else."""

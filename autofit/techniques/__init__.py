@@ -13,6 +13,7 @@ from autofit.techniques.attention import ATTENTIONS
 from autofit.techniques.cuda_graph import CUDA_GRAPHS
 from autofit.techniques.decode import DECODES
 from autofit.techniques.execution import EXECUTIONS
+from autofit.techniques.feed_forward import FEED_FORWARDS
 from autofit.techniques.group_offload import GROUP_OFFLOADS
 from autofit.techniques.guidance import GUIDANCES
 from autofit.techniques.memory_format import FORMATS
@@ -25,6 +26,7 @@ CANDIDATES: tuple[Technique, ...] = (
     *PRECISIONS,
     *FORMATS,
     *DECODES,
+    *FEED_FORWARDS,
     *EXECUTIONS,
     *CUDA_GRAPHS,
     *ATTENTIONS,
@@ -76,6 +78,11 @@ CLASHES: tuple[Clash, ...] = (
         "two_passes",
         "streams_denoiser",
         "each layer runs twice a step, and the order of prefetching assumes once",
+    ),
+    Clash(
+        "chunked_feed_forward",
+        "divides_denoiser",
+        "the hooks would bring a layer's weights anew for every chunk",
     ),
 )
 
