@@ -91,6 +91,8 @@ def measured(pipe: Any, run: Run, stages: Stages) -> tuple[dict[str, Any], list[
     """Prepare, warm up, and make the images twice, in full."""
     found = CONTENDERS[run.spec["contender"]](pipe, run)
     stages.end("prepare")
+    if run.outside.device.type == "cpu":
+        generation(pipe, run, 1)  # nothing can be traced while tensors are followed
     with tracked(pipe, run.outside.device, run.spec["budget_bytes"]) as tracker:
         warm = generation(pipe, run, WARMUP_STEPS, tracker)
     generation(pipe, run, WARMUP_AGAIN_STEPS)

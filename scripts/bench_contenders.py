@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_ladder import LADDER, Rung, climb
 from diffusers.hooks import apply_group_offloading
 
 from autofit import anatomy, session, store
@@ -217,6 +218,10 @@ def diffusers_mm(pipe: Any, run: Run) -> dict[str, Any]:
     return {"plan": f"auto: {manager.applied_strategy}"}
 
 
+def climbing(rung: Rung) -> Callable[[Any, Run], dict[str, Any]]:
+    return lambda pipe, run: climb(pipe, rung, run.target)
+
+
 def set_tile(pipe: Any, tile_px: int) -> None:
     """``enable_tiling`` alone takes its tile from the VAE's configuration: 1024 px, one tile."""
     pipe.vae.enable_tiling()
@@ -235,4 +240,5 @@ CONTENDERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "flextensor": flextensor,
     "mmgp": mmgp,
     "diffusers-mm": diffusers_mm,
+    **{name: climbing(rung) for name, rung in LADDER.items()},
 }

@@ -8,21 +8,24 @@ A contender that fails, hangs or runs out of memory is a line too, with `error`.
 DIR/results.jsonl is not run again: call again with the same folder to go on. Per model, `floor`
 runs first: the plain pipe, resident and uncapped. It gives each case's limit, and the activations
 by which the peers that want a number of bytes are tuned; one that runs out of memory is tuned again
-with more slack. `bench_fork.py` builds a model's pipe once and forks the children, `bench_child.py`
-is what one does, `bench_contenders.py` what it runs, and `make_benchmarks.py` publishes the lines.
+with more slack. The last case is the published ladder (`bench_ladder.py`), with autofit on top:
+`--only sd15-512x512-24GiB`. `bench_fork.py` builds a model's pipe once and forks the children,
+`bench_child.py` is what one does, `bench_contenders.py` what it runs, and `make_benchmarks.py`
+publishes the lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from bench_ladder import LADDER
 
 from autofit import cost
 from autofit.limits import limit
@@ -75,9 +78,12 @@ class Case:
         }
 
 
+# The published ladder, within the memory of the card that it was published for; and one to try.
+LADDERS = (Case("sd15", "512x512", 50, "24GiB"), Case("tiny-sd", "64x64", 4, "2GiB"))
 CASES = (
     *(Case("flux-dev", "1024x1024", 28, f"{gib}GiB") for gib in (8, 12, 16, 24)),
     *(Case("sdxl", "1024x1024", 30, f"{gib}GiB") for gib in (4, 6, 8)),
+    LADDERS[0],
 )
 # For trying this script on the CPU; nothing fits the last one.
 TINY = (
@@ -109,7 +115,8 @@ def main() -> None:
     for folder in filter(None, (given.out, given.plans)):
         folder.mkdir(parents=True, exist_ok=True)
     lines = Lines(given.out / "results.jsonl")
-    for case, contender in itertools.product(given.cases, (FLOOR, *given.contenders)):
+    runs = [(case, name) for case in given.cases for name in contenders_of(case, given)]
+    for case, contender in runs:
         if key_of(case.asked(contender)) in lines.found:
             continue
         if time.monotonic() - start > given.deadline:
@@ -122,7 +129,7 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    known = {case.name: case for case in CASES + TINY}
+    known = {case.name: case for case in CASES + TINY + LADDERS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
     parser.add_argument("--only", default="", help="names of cases, in the order to run them")
@@ -135,13 +142,23 @@ def parsed() -> argparse.Namespace:
     given = parser.parse_args()
     on_cpu = given.device == "cpu"
     cases = names(given.only) or [case.name for case in (TINY if on_cpu else CASES)]
-    given.contenders = names(given.contenders) or list(ON_CPU if on_cpu else CONTENDERS)
+    given.contenders = names(given.contenders)
     if unknown := [n for n in cases if n not in known]:
         parser.error(f"no case {', '.join(unknown)}; known: {', '.join(known)}")
-    if unknown := [n for n in given.contenders if n not in CONTENDERS]:
-        parser.error(f"no contender {', '.join(unknown)}; known: {', '.join(CONTENDERS)}")
+    contenders = (*CONTENDERS, *LADDER)
+    if unknown := [n for n in given.contenders if n not in contenders]:
+        parser.error(f"no contender {', '.join(unknown)}; known: {', '.join(contenders)}")
     given.cases = [known[name] for name in cases]
     return given
+
+
+def contenders_of(case: Case, given: argparse.Namespace) -> tuple[str, ...]:
+    """Whom to run on a case, where no names are given: on a ladder its rungs, then autofit."""
+    if given.contenders:
+        return (FLOOR, *given.contenders)
+    if case in LADDERS:
+        return (FLOOR, *LADDER, "autofit-numeric")
+    return (FLOOR, *(ON_CPU if given.device == "cpu" else CONTENDERS))
 
 
 def names(text: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""Merge lines of bench_peers.py into benchmarks/results.jsonl, and make README's table of them.
+"""Merge lines of bench_peers.py into benchmarks/results.jsonl, and make README's tables of them.
 
     python scripts/make_benchmarks.py results.jsonl [more.jsonl ...]
     python scripts/make_benchmarks.py --check
 
 A newer line of the same case, contender and GPU takes the older one's place. `--check` writes
-nothing and fails if README's table is not what the lines say.
+nothing and fails if README's tables are not what the lines say.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench_ladder import LADDER
 from readme import publish
 
 from autofit.units import GIB, format_seconds
@@ -26,6 +27,7 @@ BEGIN = "<!-- benchmarks: made by scripts/make_benchmarks.py -->\n"
 END = "<!-- end of benchmarks -->"
 CASE = ("gpu", "model", "size", "batch", "steps", "budget_bytes")
 COLUMNS = ("autofit", "autofit-numeric", "flextensor", "mmgp", "diffusers-mm")
+TOP = "autofit-numeric"  # of a ladder
 STOCK = "diffusers-"  # of diffusers' own techniques the best one has a column
 PACKAGES = ("torch", "diffusers", "flextensor", "mmgp", "diffusers-mm")
 
@@ -74,11 +76,13 @@ def sortable(value: str | int | None) -> tuple[int, str]:
 
 
 def tables(lines: list[Line]) -> str:
-    """A table for each GPU; empty without lines."""
-    return "\n".join(
-        table(gpu, [line for line in lines if line["gpu"] == gpu])
-        for gpu in sorted({line["gpu"] for line in lines if line["gpu"]})
-    )
+    """A table for each GPU, then one for each ladder; empty without lines."""
+    ladders = dict.fromkeys(case(line) for line in lines if line["contender"] in LADDER)
+    others = [line for line in lines if case(line) not in ladders]
+    gpus = sorted({line["gpu"] for line in others if line["gpu"] and line["budget_bytes"]})
+    made = [table(gpu, [line for line in others if line["gpu"] == gpu]) for gpu in gpus]
+    climbed = ([line for line in lines if case(line) == key] for key in ladders if key[0])
+    return "\n".join((*made, *map(ladder, climbed)))
 
 
 def table(gpu: str, lines: list[Line]) -> str:
@@ -104,6 +108,33 @@ def table(gpu: str, lines: list[Line]) -> str:
             )
         )
     return "\n".join(rows) + "\n"
+
+
+def ladder(lines: list[Line]) -> str:
+    """A row a rung, from the bottom, and autofit's last."""
+    by_name, (first, *_) = {line["contender"]: line for line in lines}, lines
+    heads = ("rung, each with those above", "image", "times as fast", "published, TITAN RTX")
+    rows = [
+        f"The published ladder, {first['model']} {first['size']}, {first['steps']} steps, on"
+        f" {first['gpu']}: {versions(lines)}.",
+        "",
+        row(heads),
+        "|---" * len(heads) + "|",
+        *(
+            row((rung.title, *times(by_name.get(name), by_name), f"{rung.published_s:.2f} s"))
+            for name, rung in LADDER.items()
+        ),
+        row(("autofit", *times(by_name.get(TOP), by_name), "")),
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def times(line: Line | None, by_name: dict[str, Line]) -> tuple[str, str]:
+    """The seconds of an image, and how many of the lowest rung's they are."""
+    lowest = by_name.get(next(iter(LADDER)))
+    if line is None or line["error"] or lowest is None or lowest["error"]:
+        return cell(line), ""
+    return cell(line), f"{lowest['image_s'] / line['image_s']:.2f}"
 
 
 def row(cells: Iterable[str]) -> str:

@@ -110,6 +110,29 @@ def test_a_plan_that_is_there_is_not_searched_for_again(tmp_path: Path) -> None:
     assert 0 < ours["streamed_bytes"] < 4 * floor["weight_bytes"]["denoiser"]
 
 
+def test_the_ladder_is_climbed_by_one_command(tmp_path: Path) -> None:
+    """Each rung has what is above it, and autofit's plan comes last."""
+    lines = run(tmp_path, "--only", "tiny-sd-64x64-2GiB", "--search", "5")
+    assert all(line["error"] is None for line in lines)
+    assert all(line.keys() >= NEEDED for line in lines)
+    floor, *rungs, ours = lines
+    plans = {line["contender"].removeprefix("ladder-"): line["plan"] for line in rungs}
+    half, last = "half_precision(dtype=float16)", "channels_last_denoiser"
+    assert plans == {
+        "original": "resident, plain attention",
+        "float16": f"{half} + resident, plain attention",
+        "channels-last": f"{half} + {last} + resident, plain attention",
+        "traced": f"{half} + {last} + traced + resident, plain attention",
+        "efficient-attention": f"{half} + {last} + traced + sdpa(kernel=efficient) + resident",
+    }
+    assert (floor["contender"], ours["contender"]) == ("floor", "autofit-numeric")
+    original, cast = rungs[0], rungs[1]
+    assert original["image_mean"] == pytest.approx(floor["image_mean"], abs=1e-3)
+    assert original["image_crc32"] != floor["image_crc32"], "plain attention rounds otherwise"
+    assert cast["image_crc32"] != original["image_crc32"]
+    assert cast["peak_bytes"] < original["peak_bytes"]
+
+
 def test_a_child_that_hangs_is_killed_and_a_line(tmp_path: Path) -> None:
     asked = ("--only", "tiny-flux-64x64-1GiB", "--contenders", "diffusers-resident")
     lines = run(tmp_path, *asked, "--limit", "0.01")

@@ -111,6 +111,41 @@ def test_what_failed_is_said(make: Any) -> None:
     assert "| out of memory | 3 s (7.00 GiB, over) | failed |  |" in table
 
 
+def rung(contender: str, image_s: float | None, **changed: Any) -> dict[str, Any]:
+    facts = {"model": "sd15", "size": "512x512", "steps": 50, "budget_bytes": 24 * 2**30}
+    return line(contender, image_s, **(facts | changed))
+
+
+def test_a_ladder_is_a_table_of_its_own(make: Any) -> None:
+    climbed = [
+        rung("floor", 1.1, budget_bytes=None),
+        rung("autofit-numeric", 0.5, peak_bytes=3 * 2**30),
+        rung("ladder-float16", 2.0),
+        rung("ladder-original", 4.0),
+        rung("ladder-traced", None, error="no answer"),
+    ]
+    wanted = """\
+The published ladder, sd15 512x512, 50 steps, on G: torch 2.11.
+
+| rung, each with those above | image | times as fast | published, TITAN RTX |
+|---|---|---|---|
+| original | 4 s (7.00 GiB) | 1.00 | 9.50 s |
+| float16 | 2 s (7.00 GiB) | 2.00 | 3.61 s |
+| channels last |  |  | 3.30 s |
+| traced UNet | failed |  | 3.21 s |
+| memory-efficient attention |  |  | 2.63 s |
+| autofit | 0.5 s (3.00 GiB) | 8.00 |  |
+"""
+    assert make.tables(make.merged([climbed])) == wanted
+    assert make.tables(make.merged([[*climbed, *LINES]])) == f"{TABLE}\n{wanted}"
+
+
+def test_a_ladder_without_its_lowest_rung_compares_nothing(make: Any) -> None:
+    made = make.tables([rung("ladder-float16", 2.0), rung("autofit-numeric", 0.5)])
+    assert "| float16 | 2 s (7.00 GiB) |  | 3.61 s |" in made
+    assert "| autofit | 0.5 s (7.00 GiB) |  |  |" in made
+
+
 def test_without_lines_no_place_is_needed(
     make: Any, publish: Callable[..., str | int | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
