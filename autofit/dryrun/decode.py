@@ -86,7 +86,7 @@ class _Decoder:
         return Piece(section, tuple(made.shape), made.untyped_storage().nbytes())
 
     def _tiles(self, z: torch.Tensor, even: EvenTiles) -> Piece:
-        """While a tile is made or painted, the image and the ramps are held beside it."""
+        """While a tile is made or painted, what the canvas holds is beside it."""
         rows, columns = even.cuts(z)
         count = len(rows.starts) * len(columns.starts)
         tile = self._run(z[..., : rows.length, : columns.length])
@@ -95,13 +95,17 @@ class _Decoder:
             canvas = Canvas(rows, columns, made)
         with self.recorder.part() as painted:
             canvas.paint(0, 0, made)
+        with self.recorder.part() as aside:
+            canvas.put_aside(0)
         section, held_bytes = Section(), canvas.held_bytes
         section.add(begun)
+        section.add(aside, len(rows.starts))
         section.raise_to(begun, tile.result_bytes)
         for part, beside_bytes in ((tile.section, 0), (painted, tile.result_bytes)):
             section.add(part, count)
             section.raise_to(part, held_bytes + beside_bytes)
-        return Piece(section, tuple(canvas.image.shape), canvas.image.nbytes)
+        section.raise_to(Section(), canvas.image_bytes)
+        return Piece(section, canvas.shape, canvas.image_bytes)
 
 
 def _copy(like: torch.Tensor, size_bytes: int) -> Key:
