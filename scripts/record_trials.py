@@ -16,14 +16,14 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from autofit import report, session
 from autofit.foresight import Foresight
 from autofit.goals import Goal
-from autofit.planner import Effort, Listener, find_plan
+from autofit.planner import Effort, Listener, Planned, find_plan
 from autofit.search import Progress
-from autofit.spec import AutofitError, Measurement
+from autofit.spec import AutofitError, Measurement, NothingFits
 from autofit.trial import Measurer
 from autofit.units import parse_pixels
 
@@ -70,15 +70,21 @@ def main() -> None:
         for model, group in itertools.groupby(cases, key=lambda case: case.model):
             with session.measuring(model, options.device) as measurer:
                 for case in group:
-                    out.write(
-                        json.dumps(record(case, measurer, options.device, options.limit)) + "\n"
-                    )
-                    out.flush()
-                    os.fsync(out.fileno())
+                    line, _ = record(case, measurer, options.device, options.limit)
+                    append(line, out)
 
 
-def record(case: Case, measurer: Measurer, device: str, limit_s: float) -> dict[str, Any]:
-    """Plan one case; whatever becomes of it is a line."""
+def append(line: dict[str, Any], out: TextIO) -> None:
+    """Write a line for good."""
+    out.write(json.dumps(line) + "\n")
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def record(
+    case: Case, measurer: Measurer, device: str, limit_s: float, after: Planned | None = None
+) -> tuple[dict[str, Any], Planned | None]:
+    """Plan one case; whatever becomes of it is a line. ``after`` was planned for more memory."""
     goal = Goal(case.budget, parse_pixels(case.size), case.batch, case.steps)
     effort = Effort(timeout_s=limit_s, fresh=True)
     print(f"== {case.name}", flush=True)
@@ -90,14 +96,16 @@ def record(case: Case, measurer: Measurer, device: str, limit_s: float) -> dict[
         "command": f"python scripts/record_trials.py --out DIR {asked}",
         "found": None,
         "error": None,
+        "smallest_bytes": None,
     }
+    told, foresee = Listener(print, show), foresight.basis
     try:
-        planned = find_plan(
-            measurer, goal, effort, listener=Listener(print, show), foresee=foresight.basis
-        )
+        planned = find_plan(measurer, goal, effort, listener=told, foresee=foresee, after=after)
     except AutofitError as error:
         print(error, flush=True)
-        return line | {"error": str(error), "plan_s": time.monotonic() - start}
+        smallest_bytes = error.smallest_bytes if isinstance(error, NothingFits) else None
+        seen = {"error": str(error), "smallest_bytes": smallest_bytes}
+        return line | seen | {"plan_s": time.monotonic() - start}, None
     measured = planned.profile.measured
     print(
         f"-> {measured.image_s:.3f} s, {measured.peak_bytes / 2**30:.2f} GiB,"
@@ -108,7 +116,7 @@ def record(case: Case, measurer: Measurer, device: str, limit_s: float) -> dict[
     found = report.study_json(
         planned.profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
     )
-    return line | {"found": found, "plan_s": time.monotonic() - start}
+    return line | {"found": found, "plan_s": time.monotonic() - start}, planned
 
 
 def show(event: Progress) -> None:

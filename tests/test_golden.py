@@ -104,10 +104,10 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
     return Recorded(request.param)
 
 
-def test_there_are_recorded_trials_for_every_profile() -> None:
+def test_every_golden_trial_has_its_profile() -> None:
     profiles = {p.stem for p in (ROOT / "profiles").glob("*.yaml")}
     assert profiles
-    assert profiles == {p.name.removesuffix(".json.gz") for p in GOLDEN}
+    assert profiles >= {p.name.removesuffix(".json.gz") for p in GOLDEN}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
