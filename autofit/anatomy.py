@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from autofit.lazy import nn, torch
@@ -82,6 +82,37 @@ def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
             target.__dict__.pop(name, None)
         else:
             target.__dict__[name] = before
+
+
+@contextmanager
+def methods(target: Any, own: dict[str, Any]) -> Iterator[None]:
+    """Give one object methods that Python looks for on its class, as ``__call__``: it has a class
+    of its own meanwhile, of the same name."""
+    found = type(target)
+    named = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
+    target.__class__ = type(found.__name__, (found,), named | own)
+    try:
+        yield
+    finally:
+        target.__class__ = found
+
+
+@contextmanager
+def saved_as(real: Mapping[tuple[nn.Module, str], torch.Tensor]) -> Iterator[None]:
+    """A ``state_dict`` inside, also of a single layer, has these tensors, by owner and name there:
+    those in their places may be another's, or empty."""
+
+    def saved(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                key = prefix + name
+                if (owner, name) in real and key in state and state[key] is not tensor:
+                    state[key] = real[owner, name]
+
+    with ExitStack() as undo:
+        for owner in {owner for owner, _ in real}:
+            undo.callback(owner.register_state_dict_post_hook(saved).remove)
+        yield
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
-from autofit import anatomy, cost, host, host_budget, probe, prompts, techniques
+from autofit import anatomy, cost, host, host_budget, living, probe, prompts, techniques
 from autofit.match import Match, needed_bytes
 from autofit.probe import memory
 from autofit.retrying import retrying
@@ -23,6 +26,7 @@ from autofit.trust import Trusted
 from autofit.units import format_bytes
 
 NARROWER = 0.05  # of the budget
+_LIVE: WeakSet[Applied] = WeakSet()
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +37,7 @@ class Applied:
     profile: Profile
     match: Match
     plan: Plan
+    _budget: _Budget
 
     def __init__(
         self,
@@ -51,7 +56,7 @@ class Applied:
             NothingFits: other processes hold so much of the card that the plan cannot run.
         """
         self.profile, self.match, self.plan = trusted.profile, trusted.match, trusted.profile.plan
-        self._pipe, self._target, self._device = pipe, device, torch.device(device)
+        self._pipe, self._target, self.device = pipe, device, torch.device(device)
         self._host_ram_bytes, self._cache_prompts = host_ram_bytes, cache_prompts
         facts, pipeline = probe.probe_device(device), probe.facts(pipe)
         limit_bytes = min(facts.host_limit_bytes, host_ram_bytes or facts.host_limit_bytes)
@@ -61,22 +66,32 @@ class Applied:
             for plan in _leaner(self.profile, pipeline)
             if host_budget.why_not(plan, pipeline, hosted) is None
         )
-        self._budget = _Budget(self.profile, facts, self._device, enforce)
+        beside_bytes = sum(one._budget.needed_bytes for one in applied_on(self.device))
+        self._budget = _Budget(self.profile, facts, self.device, enforce, beside_bytes)
+        self.lock = threading.RLock()
         self._steps = ExitStack()  # of the plan
-        self._is_applied = True
+        self._seen: list[Any] = []  # of the pipe, as the plan left it
+        self.is_applied = True
         with ExitStack() as stack:
-            stack.enter_context(parked(pipe))
+            self._parked = stack.enter_context(ExitStack())
+            self._parked.enter_context(parked(pipe))
             stack.enter_context(self._budget.kept())
             stack.callback(lambda: self._steps.close())
             self._steps.enter_context(self._running(self.plan))
             stack.enter_context(anatomy.attribute(pipe, "_autofit", self))
             stack.enter_context(retrying(pipe, self))
+            stack.enter_context(living.pipe_guarded(pipe, self))
             self._undo = stack.pop_all()
+        _LIVE.add(self)
 
     def revert(self) -> None:
-        """Leave the pipe as it was found. A second call does nothing."""
-        self._undo.close()
-        release(self._device)
+        """Leave the pipe as it was found, but for what its owner changed meanwhile. A second call
+        does nothing."""
+        with self.lock:
+            self.is_applied = False
+            _LIVE.discard(self)
+            self._undo.close()
+            release(self.device)
 
     def __enter__(self) -> Applied:
         return self
@@ -92,12 +107,16 @@ class Applied:
     # What ``retrying`` asks
 
     def before_call(self) -> None:
-        """Also where a step down was cut short, and no plan is applied."""
-        if not self._is_applied:
+        """Also where a step down was cut short, and no plan is applied. Parts that have changed
+        since the last call get the plan anew."""
+        if not self.is_applied:
             if not self._leaner:
                 name = type(self._pipe).__name__
                 raise BadInput(f"{name}: none of its plans could be applied: call revert() on it")
             self.step_down("a step down was cut short")
+        elif living.state(self._pipe) != self._seen:
+            with self.suspended():
+                pass
         self._budget.renew()
 
     def can_step_down(self) -> bool:
@@ -106,12 +125,46 @@ class Applied:
     def step_down(self, error: str) -> None:
         """Change to the next leaner plan that can be applied, for good."""
         reason = error.splitlines()[0] if error else "no reason given"
-        self._is_applied = False
+        self.is_applied = False
         self._steps.close()
-        release(self._device)
+        release(self.device)
         self.plan = self._next()
-        self._is_applied = True
+        self.is_applied = True
         _log.warning("out of memory (%s): from now on %s", reason, self.plan.label)
+
+    # What ``living`` asks
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The plan off, with the weights on the CPU, and applied anew on exit."""
+        with self.lock:
+            if not self.is_applied:
+                yield
+                return
+            self.is_applied = False
+            self._steps.close()
+            release(self.device)
+            before = set(anatomy.modules(self._pipe).values())
+            try:
+                yield
+            finally:
+                if not before.issuperset(anatomy.modules(self._pipe).values()):
+                    self._parked.enter_context(parked(self._pipe))
+                self._resume()
+
+    def _resume(self) -> None:
+        wanted, name = self.plan, type(self._pipe).__name__
+        self._leaner.appendleft(wanted)
+        try:
+            self.plan = self._next()
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(
+                f"{name}: its profile cannot be applied to what it is now ({reason}): call revert()"
+            ) from error
+        self.is_applied = True
+        if self.plan != wanted:
+            _log.warning("%s has changed: from now on %s", name, self.plan.label)
 
     def _next(self) -> Plan:
         while True:
@@ -123,7 +176,7 @@ class Applied:
                 self._leaner.popleft()
                 if not self._leaner:
                     raise
-                release(self._device)
+                release(self.device)
                 continue
             self._leaner.popleft()
             return plan
@@ -132,10 +185,14 @@ class Applied:
     def _running(self, plan: Plan) -> Iterator[None]:
         """A plan applied. What a prompt came to is kept for as long as that plan is."""
         with ExitStack() as undo:
+            found = living.dtypes(self._pipe)
+            plan = living.heard(plan, self._pipe)
             undo.enter_context(techniques.applied(plan, self._pipe, self._target))
             if self._cache_prompts:
                 moves = "hooks_layers" in plan.placement.traits
                 undo.enter_context(prompts.cached(self._pipe, weights_move=moves))
+            undo.enter_context(living.parts_guarded(self._pipe, self, self.device, found))
+            self._seen = living.state(self._pipe)
             yield
 
 
@@ -157,10 +214,17 @@ class _Budget:
     """What the process may hold, and whether the card has it."""
 
     def __init__(
-        self, profile: Profile, facts: Device, device: torch.device, enforce: bool
+        self,
+        profile: Profile,
+        facts: Device,
+        device: torch.device,
+        enforce: bool,
+        beside_bytes: int = 0,
     ) -> None:
+        """``beside_bytes``: what other pipes of this process need by their profiles."""
+        self._beside_bytes = beside_bytes
         self._outside = Outside.of(device, facts, None)
-        self._needed_bytes = needed_bytes(profile.measured, facts)
+        self.needed_bytes = needed_bytes(profile.measured, facts)
         self._budget_bytes = min(profile.budget_bytes, facts.total_bytes) if enforce else None
         same = profile.on.device == facts.name
         self._aside_bytes = profile.measured.non_torch_bytes if same else cost.outside_bytes(facts)
@@ -169,7 +233,8 @@ class _Budget:
     def kept(self) -> Iterator[None]:
         if self._outside.device.type == "cuda":
             self._check_room()
-        with capped(self._outside, self._budget_bytes, self._aside_bytes) as self._renew:
+        cap = self._outside, self._budget_bytes, self._aside_bytes
+        with capped(*cap, alone=False) as self._renew:
             yield
 
     def renew(self) -> None:
@@ -183,14 +248,27 @@ class _Budget:
         device = self._outside.device
         free_bytes = memory.free_bytes(device)
         own_bytes = torch.cuda.memory_reserved(device) + self._outside.held_bytes()
-        if self._needed_bytes - own_bytes <= free_bytes:
+        short_bytes = self.needed_bytes + self._beside_bytes - own_bytes
+        if short_bytes <= free_bytes:
             return
-        needed, free = format_bytes(self._needed_bytes - own_bytes), format_bytes(free_bytes)
+        needed, free = format_bytes(short_bytes), format_bytes(free_bytes)
+        beside = ", with those of other pipes here," if self._beside_bytes else ""
         raise NothingFits(
-            f"{device} has {free} free and the plan needs {needed} more; others hold it"
+            f"{device} has {free} free and the plan{beside} needs {needed} more; others hold it"
             f" ({memory.holders_text(device)}): end them, or plan for a smaller budget",
             None,
         )
+
+
+def applied_on(device: torch.device) -> list[Applied]:
+    """The profiles applied in this process. A pipe that is gone has none."""
+    if _LIVE:
+        gc.collect()
+    return [one for one in _LIVE if _place(one.device) == _place(device)]
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
 
 
 @contextmanager

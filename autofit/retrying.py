@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from autofit.spec import BadInput
+from autofit import anatomy
 from autofit.trial import is_out_of_memory
-
-_OWN = ("__module__", "__qualname__", "__doc__")  # what a class does not inherit
 
 
 class Leaner(Protocol):
-    """What there is to do before a call, and after one that ran out of memory."""
+    """What there is to do before a call, and after one that ran out of memory. ``lock`` is held
+    by the call under way."""
+
+    lock: RLock
 
     def before_call(self) -> None: ...
 
@@ -30,40 +32,27 @@ class Leaner(Protocol):
 @contextmanager
 def retrying(pipe: Any, leaner: Leaner) -> Iterator[None]:
     """Inside, a call of the pipe that runs out of memory begins again, after a step down, with the
-    generators as it found them; the error is the caller's where there is no step left.
-
-    The pipe has a class of its own meanwhile, of the same name: Python looks for ``__call__`` on
-    the class, and other pipes of it are left alone.
-    """
+    generators as it found them; the error is the caller's where there is no step left."""
     found = type(pipe)
 
     @functools.wraps(found.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        rewind = _rewinder((args, kwargs))
-        while True:
-            leaner.before_call()
-            try:
-                return found.__call__(self, *args, **kwargs)
-            except Exception as error:
-                if not _ran_out(error) or not leaner.can_step_down():
-                    raise
-                reason = str(error)
-            # Out of the except block first: the traceback keeps the failed call's tensors alive.
-            leaner.step_down(reason)
-            rewind()
+        with leaner.lock:  # a scheduler is at one step only
+            rewind = _rewinder((args, kwargs))
+            while True:
+                leaner.before_call()
+                try:
+                    return found.__call__(self, *args, **kwargs)
+                except Exception as error:
+                    if not _ran_out(error) or not leaner.can_step_down():
+                        raise
+                    reason = str(error)
+                # Out of the except block: the traceback keeps the failed call's tensors alive.
+                leaner.step_down(reason)
+                rewind()
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        raise BadInput(
-            f"{found.__name__} has a profile applied, and cannot be copied: call revert() first"
-        )
-
-    own = {name: getattr(found, name) for name in _OWN}
-    own |= {"__call__": call, "__reduce_ex__": reduce}
-    pipe.__class__ = type(found.__name__, (found,), own)
-    try:
+    with anatomy.methods(pipe, {"__call__": call}):
         yield
-    finally:
-        pipe.__class__ = found
 
 
 def _ran_out(error: Exception) -> bool:

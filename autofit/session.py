@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from autofit import anatomy, host, host_budget, pinning, probe, report, store, trust
-from autofit.applied import Applied, parked
+from autofit.applied import Applied, applied_on, parked
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
 from autofit.planner import Effort, Planned, find_plan
@@ -142,7 +143,8 @@ def default_device() -> str:
 
 @contextmanager
 def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Measurer]:
-    """Who measures: a worker for a name, this process for a pipe (parked on the CPU meanwhile)."""
+    """Who measures: a worker for a name, this process for a pipe (on the CPU meanwhile, as are the
+    pipes of this process that have a profile)."""
     if isinstance(model, str):
         worker = Worker(Job(model, dtype, device))
         try:
@@ -151,7 +153,12 @@ def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Mea
             worker.close()
     else:
         _check_untouched(model)
-        with parked(model), pinning.kept():
+        _check_needs_no_image(model)
+        with ExitStack() as alone:
+            for other in applied_on(probe.device_named(device)):
+                alone.enter_context(other.suspended())
+            alone.enter_context(parked(model))
+            alone.enter_context(pinning.kept())
             yield InProcess(model, device)
 
 
@@ -222,12 +229,32 @@ def _ask(pipe: Any, device: str, workload: Workload, goal: Goal) -> Ask:
     )
 
 
+def _check_needs_no_image(pipe: Any) -> None:
+    """Refuse to measure image-to-image, inpainting and ControlNet pipes."""
+    asked = inspect.signature(type(pipe).__call__).parameters
+    given = "strength" in asked or "controlnet" in pipe.components
+    if given and ("image" in asked or "control_image" in asked):
+        raise BadInput(
+            f"{type(pipe).__name__} needs an image, which trials do not have: apply to a text-to-"
+            "image pipe and make this one of it (from_pipe), or apply a profile with verify=False"
+        )
+
+
 def _check_untouched(pipe: Any) -> None:
     """Refuse a pipe whose placement somebody else manages already."""
     name = type(pipe).__name__
     if hasattr(pipe, "_autofit"):
         raise BadInput(f"{name} has a profile applied already: call revert() on it first")
     for part, module in anatomy.modules(pipe).items():
+        if hasattr(module, "_autofit"):
+            raise BadInput(
+                f"{name}.{part} is part of a pipe with a profile applied: call revert() on that one"
+            )
+        if hasattr(module, "_orig_mod"):
+            raise BadInput(
+                f"{name}.{part} is compiled by torch.compile: give the pipe the module itself"
+                f" (pipe.{part}._orig_mod); autofit compiles where it pays"
+            )
         hooked = any(hasattr(m, "_hf_hook") for m in module.modules())
         if hooked or any(p.is_meta for p in module.parameters()):
             raise BadInput(

@@ -266,9 +266,12 @@ class TestTheCard:
         monkeypatch.setattr(applied.memory, "free_bytes", lambda _: 80 * 10**9)
         return found
 
-    def budget(self, enforce: bool = True, **changes: Any) -> applied._Budget:
+    def budget(
+        self, enforce: bool = True, beside_bytes: int = 0, **changes: Any
+    ) -> applied._Budget:
         profile = samples.profile(**({"budget_bytes": 4 * 10**9} | changes))
-        return applied._Budget(profile, samples.device(), torch.device("cuda:0"), enforce)
+        cuda = torch.device("cuda:0")
+        return applied._Budget(profile, samples.device(), cuda, enforce, beside_bytes)
 
     def test_the_allocator_gets_what_the_budget_leaves(self, shares: list[float]) -> None:
         budget = self.budget()
@@ -280,11 +283,14 @@ class TestTheCard:
             assert shares[-1] == pytest.approx(0.03)
         assert shares[-1] == 1.0
 
-    def test_caps_may_end_in_any_order(self, shares: list[float]) -> None:
+    def test_caps_add_up_and_may_end_in_any_order(self, shares: list[float]) -> None:
         first, second = ExitStack(), ExitStack()
         first.enter_context(self.budget().kept())
         second.enter_context(self.budget(budget_bytes=3 * 10**9).kept())
-        assert shares[-1] == pytest.approx(0.024)
+        assert shares[-1] == pytest.approx(0.034 + 0.024)
+        with applied.capped(applied.Outside.of(), 10**9, 0):  # a trial has its own alone
+            assert shares[-1] == pytest.approx(0.004)
+        assert shares[-1] == pytest.approx(0.034 + 0.024)
         first.close()
         assert shares[-1] == pytest.approx(0.024)
         second.close()
@@ -319,6 +325,17 @@ class TestTheCard:
         ):
             pass
         assert shares == [1.0]
+
+    def test_what_another_pipe_needs_is_not_free(
+        self, shares: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(applied.memory, "free_bytes", lambda _: 2 * self.NEEDED)
+        with self.budget(beside_bytes=self.NEEDED).kept():
+            pass
+        said = r"the plan, with those of other pipes here, needs \d\.\d+ GiB more"
+        crowded = self.budget(beside_bytes=2 * self.NEEDED)
+        with pytest.raises(NothingFits, match=said), crowded.kept():
+            pass
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ ROWS = (
     {"sampler"},
     {"ledger"},
     {"search", "store", "trial", "report"},
-    {"budgeted", "studies", "dryrun", "places", "tables", "retrying", "prompts"},
+    {"budgeted", "studies", "dryrun", "places", "tables", "retrying", "prompts", "living"},
     {"planner", "forecast", "trust"},
     {"applied"},
     {"session", "outlook", "foresight"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Streamer:
         with ExitStack() as undo:
             undo.callback(self._pool.close)
             for part in self._parts:
+                undo.enter_context(_saved_whole(part))
                 forward = self._forward(part, part.module.forward)
                 if part.keeps and (graphs := getattr(part.module.forward, "graphs", None)):
                     retimed = functools.partial(self._retimed, part)
@@ -164,6 +165,12 @@ def streaming(
         streamer = Streamer(found, lenders, device, pool_bytes, loan_bytes, unit_bytes)
         undo.enter_context(streamer.running())
         yield
+
+
+def _saved_whole(part: Part) -> AbstractContextManager[None]:
+    hosts = {id(w.parameter): w.host for w in part.weights}
+    found = anatomy.tensors(part.module)
+    return anatomy.saved_as({(owner, n): hosts[id(p)] for owner, n, p in found if id(p) in hosts})
 
 
 @contextmanager

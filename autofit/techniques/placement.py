@@ -128,6 +128,8 @@ class SequentialOffload(Placement):
                 # accelerate takes this mark from the tensors that it replaces
                 marked = [tensor for _, _, tensor in anatomy.tensors(module)]
                 undo.enter_context(hooks.attributes_held(marked, ("_is_hf_initialized",)))
+                real = {(o, n): t.detach() for o, n, t in anatomy.tensors(module)}
+                undo.enter_context(anatomy.saved_as(real))
             undo.enter_context(hooks.hook_attributes_held(pipe))
             undo.callback(pipe.remove_all_hooks)
             for name, module in anatomy.modules(pipe).items():

@@ -174,11 +174,7 @@ def _cast_for_good(pipe: Any) -> Iterator[None]:
         return self
 
     own = {"dtype": property(lambda _: said[0]), "to": to}
-    names = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
     with anatomy.weights_held(vae):
         vae.to(torch.float32)
-        vae.__class__ = type(found.__name__, (found,), own | names)
-        try:
+        with anatomy.methods(vae, own):
             yield
-        finally:
-            vae.__class__ = found

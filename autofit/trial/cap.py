@@ -61,12 +61,13 @@ def _used_bytes(device: torch.device) -> int:
 
 @contextmanager
 def capped(
-    outside: Outside, cap_bytes: int | None, set_aside_bytes: int
+    outside: Outside, cap_bytes: int | None, set_aside_bytes: int, *, alone: bool = True
 ) -> Iterator[Callable[[], None]]:
     """Make the allocator refuse what would take the process over the cap; lifted on exit.
 
-    Yields what sets the limit anew, by what is not the allocator's then. Caps may end in any order:
-    the latest of those that are left holds, and after the last one what was found before the first.
+    Yields what sets the limit anew, by what is not the allocator's then. Caps that are not
+    ``alone`` add up, for the allocator knows no pipes. They may end in any order: the sum of those
+    that are left holds, and after the last one what was found before the first.
     """
     device = outside.device
     if device.type != "cuda" or cap_bytes is None:
@@ -79,17 +80,23 @@ def capped(
 
     def renew() -> None:
         allowed_bytes = cap_bytes - max(set_aside_bytes, outside.held_bytes())
-        live[key] = min(1.0, max(0, allowed_bytes) / memory.total_bytes(device))
-        torch.cuda.set_per_process_memory_fraction(live[key], card)
+        live[key] = max(0, allowed_bytes) / memory.total_bytes(device)
+        share = live[key] if alone else _sum(live)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), card)
 
     try:
         renew()
         yield renew
     finally:
         live.pop(key, None)
-        torch.cuda.set_per_process_memory_fraction(list(live.values())[-1], card)
+        share = live[_FOUND] if list(live) == [_FOUND] else min(1.0, _sum(live))
+        torch.cuda.set_per_process_memory_fraction(share, card)
         if list(live) == [_FOUND]:
             live.clear()
+
+
+def _sum(live: dict[object, float]) -> float:
+    return sum(share for key, share in live.items() if key is not _FOUND)
 
 
 def _card(device: torch.device) -> int:
