@@ -66,13 +66,15 @@ class Case:
     @property
     def name(self) -> str:
         batch = f"-b{self.batch}" if self.batch > 1 else ""
-        return f"{self.model}-{self.size}{batch}-{self.budget}"
+        dtype = f"-{self.dtype}" if self.dtype else ""
+        return f"{self.model}-{self.size}{batch}{dtype}-{self.budget}"
 
     def asked(self, contender: str) -> dict[str, Any]:
         """What a line says of itself before anything is run; the floor has no budget."""
         given = asdict(self)
         budget_bytes = parse_size(given.pop("budget"))
         return given | {
+            "asked_dtype": self.dtype,  # ``dtype`` will be what the denoiser came to be in
             "budget_bytes": None if contender == FLOOR else budget_bytes,
             "contender": contender,
         }
@@ -82,7 +84,10 @@ class Case:
 LADDERS = (Case("sd15", "512x512", 50, "24GiB"), Case("tiny-sd", "64x64", 4, "2GiB"))
 CASES = (
     *(Case("flux-dev", "1024x1024", 28, f"{gib}GiB") for gib in (8, 12, 16, 24)),
-    *(Case("sdxl", "1024x1024", 30, f"{gib}GiB") for gib in (4, 6, 8)),
+    *(Case("sdxl", "1024x1024", 30, f"{gib}GiB") for gib in (4, 6, 8, 12)),
+    Case("sd15", "512x512", 50, "4GiB", dtype="float16"),
+    *(Case("sd15", "3840x2224", 20, f"{gib}GiB", dtype="float16") for gib in (8, 6)),
+    Case("sd15", "512x512", 20, "8GiB", batch=32, dtype="float16"),
     LADDERS[0],
 )
 # For trying this script on the CPU; nothing fits the last one.
@@ -91,6 +96,7 @@ TINY = (
     Case("tiny-flux", "64x64", 4, "1GiB"),
     Case("tiny-sd", "64x64", 4, "1MiB"),
 )
+ASKED = ("model", "size", "batch", "steps", "budget_bytes", "contender")
 # Every line has these, null where they are not known.
 KEYS = (
     "image_s", "step_s", "peak_bytes", "limit_s", "gpu", "versions", "encode_s", "decode_s",
@@ -166,7 +172,8 @@ def names(text: str) -> list[str]:
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(line[k] for k in ("model", "size", "batch", "steps", "budget_bytes", "contender"))
+    """What a line answers. Lines from before a dtype could be asked for have none."""
+    return (line.get("asked_dtype"), *(line[k] for k in ASKED))
 
 
 class Lines:

@@ -67,7 +67,7 @@ def merged(files: Iterable[list[Line]]) -> list[Line]:
 
 
 def case(line: Line) -> tuple[Any, ...]:
-    return tuple(line[key] for key in CASE)
+    return (*(line[key] for key in CASE), line.get("asked_dtype") or "")
 
 
 def sortable(value: str | int | None) -> tuple[int, str]:
@@ -94,12 +94,13 @@ def table(gpu: str, lines: list[Line]) -> str:
     for key in dict.fromkeys(map(case, ran)):
         by_name = {line["contender"]: line for line in ran if case(line) == key}
         limit_s = next((v["limit_s"] for v in by_name.values() if v["limit_s"]), None)
-        _, model, size, batch, steps, budget_bytes = key
+        _, model, size, batch, steps, budget_bytes, dtype = key
         many = f" x {batch}" if batch > 1 else ""
+        cast = f", {dtype}" if dtype else ""
         rows.append(
             row(
                 (
-                    f"{model} {size}{many}, {steps}",
+                    f"{model} {size}{many}, {steps}{cast}",
                     f"{budget_bytes / GIB:g} GiB",
                     format_seconds(limit_s) if limit_s else "",
                     *(cell(by_name.get(name)) for name in columns),
