@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -61,6 +62,19 @@ def call_says(pipe: Any, text: str) -> bool:
     return text in inspect.getsource(type(pipe).__call__)
 
 
+def is_called() -> bool:
+    """Whether a pipeline's call is under way in this thread."""
+    from diffusers import DiffusionPipeline
+
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        is_call = frame.f_code.co_name == "__call__"
+        if is_call and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return True
+    return False
+
+
 def tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     """Every parameter and buffer with its owner and its name there; shared ones once an owner."""
     for owner in module.modules():
@@ -87,10 +101,13 @@ def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def methods(target: Any, own: dict[str, Any]) -> Iterator[None]:
     """Give one object methods that Python looks for on its class, as ``__call__``: it has a class
-    of its own meanwhile, of the same name."""
-    found = type(target)
+    of its own meanwhile, of the same name, and equal to its own: diffusers compares classes."""
+    found: Any = type(target)
     named = {name: getattr(found, name) for name in ("__module__", "__qualname__", "__doc__")}
-    target.__class__ = type(found.__name__, (found,), named | own)
+    alike = {"__eq__": lambda own, other: own is other or found == other,
+             "__hash__": lambda _: hash(found)}  # fmt: skip
+    kind = type(type(found).__name__, (type(found),), alike)
+    target.__class__ = kind(found.__name__, (found,), named | own)
     try:
         yield
     finally:

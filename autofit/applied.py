@@ -27,6 +27,7 @@ from autofit.units import format_bytes
 
 NARROWER = 0.05  # of the budget
 _LIVE: WeakSet[Applied] = WeakSet()
+_LIVE_LOCK = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
@@ -66,12 +67,14 @@ class Applied:
             for plan in _leaner(self.profile, pipeline)
             if host_budget.why_not(plan, pipeline, hosted) is None
         )
-        beside_bytes = sum(one._budget.needed_bytes for one in applied_on(self.device))
+        others = [one._budget.needed_bytes for one in applied_on(self.device)]
+        beside_bytes = sum(others) - len(others) * cost.outside_bytes(facts)  # there once
         self._budget = _Budget(self.profile, facts, self.device, enforce, beside_bytes)
         self.lock = threading.RLock()
         self._steps = ExitStack()  # of the plan
         self._seen: list[Any] = []  # of the pipe, as the plan left it
         self.is_applied = True
+        self._is_reverted = False
         with ExitStack() as stack:
             self._parked = stack.enter_context(ExitStack())
             self._parked.enter_context(parked(pipe))
@@ -82,14 +85,16 @@ class Applied:
             stack.enter_context(retrying(pipe, self))
             stack.enter_context(living.pipe_guarded(pipe, self))
             self._undo = stack.pop_all()
-        _LIVE.add(self)
+        with _LIVE_LOCK:
+            _LIVE.add(self)
 
     def revert(self) -> None:
         """Leave the pipe as it was found, but for what its owner changed meanwhile. A second call
         does nothing."""
         with self.lock:
-            self.is_applied = False
-            _LIVE.discard(self)
+            self.is_applied, self._is_reverted = False, True
+            with _LIVE_LOCK:
+                _LIVE.discard(self)
             self._undo.close()
             release(self.device)
 
@@ -109,6 +114,8 @@ class Applied:
     def before_call(self) -> None:
         """Also where a step down was cut short, and no plan is applied. Parts that have changed
         since the last call get the plan anew."""
+        if self._is_reverted:
+            return  # while the call waited for its turn
         if not self.is_applied:
             if not self._leaner:
                 name = type(self._pipe).__name__
@@ -120,7 +127,7 @@ class Applied:
         self._budget.renew()
 
     def can_step_down(self) -> bool:
-        return bool(self._leaner)
+        return bool(self._leaner) and not self._is_reverted
 
     def step_down(self, error: str) -> None:
         """Change to the next leaner plan that can be applied, for good."""
@@ -141,6 +148,7 @@ class Applied:
             if not self.is_applied:
                 yield
                 return
+            self._leaner.appendleft(self.plan)  # whatever happens, it is the next one
             self.is_applied = False
             self._steps.close()
             release(self.device)
@@ -154,7 +162,6 @@ class Applied:
 
     def _resume(self) -> None:
         wanted, name = self.plan, type(self._pipe).__name__
-        self._leaner.appendleft(wanted)
         try:
             self.plan = self._next()
         except Exception as error:
@@ -264,7 +271,9 @@ def applied_on(device: torch.device) -> list[Applied]:
     """The profiles applied in this process. A pipe that is gone has none."""
     if _LIVE:
         gc.collect()
-    return [one for one in _LIVE if _place(one.device) == _place(device)]
+    with _LIVE_LOCK:
+        found = list(_LIVE)
+    return [one for one in found if _place(one.device) == _place(device)]
 
 
 def _place(device: torch.device) -> tuple[str, int]:

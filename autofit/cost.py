@@ -104,11 +104,13 @@ def outside_bytes(device: Device) -> int:
 
 
 def host_bytes(plan: Plan, pipeline: Pipeline) -> int:
-    """Host memory for weights: as loaded (memory-mapped or not, once), those that a precision
-    casts again, since the undo needs both, and what the placement has there twice."""
-    facts = plan.facts(pipeline)
-    pairs = zip(pipeline.components, facts.components, strict=True)
-    cast_bytes = sum(new.weight_bytes for old, new in pairs if new.dtype != old.dtype)
+    """Host memory for weights: as loaded (memory-mapped or not, once), those that are cast
+    again, since the undo needs both, and what the placement has there twice."""
+    facts, cast_bytes = pipeline, 0
+    for technique in plan.techniques:
+        before, facts = facts, technique.facts(facts)
+        pairs = zip(before.components, facts.components, strict=True)
+        cast_bytes += sum(new.weight_bytes for old, new in pairs if new.dtype != old.dtype)
     return pipeline.weight_bytes + cast_bytes + plan.placement.copied_bytes(facts)
 
 

@@ -19,6 +19,7 @@ from autofit.spec import (
     Slot,
 )
 
+LITTLE = 0.1  # of a phase: transfers that cannot be what it waited for
 # Two bounds further apart than this say nothing: where compute was seen only behind transfers.
 TELLING = 0.9
 
@@ -68,13 +69,13 @@ def image_limit_s(
     ``max(compute, streamed bytes / bus)`` in each phase, see ``limit``.
 
     Compute is the least that a trial took for the phase, of those that compute in the same
-    precision and are as faithful as the plan. Where all of them moved weights in the phase, that
-    may be waiting and not compute: then the bytes alone count. None where the bound so found is
+    precision and are as faithful as the plan. Where all of them may have waited for weights in the
+    phase, that need not be compute: then the bytes alone count. None where the bound so found is
     far below that with all that was seen counted as compute: the trials do not tell.
     """
     seen = [(profile.plan, profile.measured), *_alike(attempts, profile.plan)]
     least_s = {p: min(phase_s(measured)[p] for _, measured in seen) for p in Phase}
-    alone = {p for p in Phase for plan, _ in seen if not _moves(plan, pipeline, p)}
+    alone = {p for p in Phase for one in seen if not _waits(*one, pipeline, device, p)}
     facts = profile.plan.facts(pipeline)
     found = limit(
         least_s,
@@ -108,9 +109,16 @@ def _alike(attempts: Iterable[Attempt], plan: Plan) -> Iterator[tuple[Plan, Meas
             yield other, outcome
 
 
-def _moves(plan: Plan, pipeline: Pipeline, phase: Phase) -> bool:
-    traffic = plan.placement.traffic(plan.facts(pipeline), phase)
-    return traffic.pinned_bytes + traffic.pageable_bytes + traffic.back_bytes > 0
+def _waits(
+    plan: Plan, measured: Measurement, pipeline: Pipeline, device: Device, phase: Phase
+) -> bool:
+    """Whether much of the phase's time may have gone by waiting for weights: not where these come
+    during the compute, and take little of it."""
+    facts = plan.facts(pipeline)
+    traffic = plan.placement.traffic(facts, phase)
+    moving_s = cost.transfer_s(traffic, facts, device, phase)
+    little = traffic.overlaps and moving_s < LITTLE * phase_s(measured)[phase]
+    return moving_s > 0 and not little
 
 
 def _room_bytes(profile: Profile, facts: Pipeline) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FunctionType
@@ -147,13 +146,15 @@ def _moved(
     dtypes as found are let be, for a pipe made of these parts asks for them (``from_pipe``)."""
     offloads = keeper.plan.placement.name == "model_offload"
     kind: Any = type(module)
-    if not keeper.is_applied or _is_called():
+    if not keeper.is_applied or anatomy.is_called():  # some calls cast the VAE to decode
         kind._apply(module, change, recurse)
         return module
     for dtype in _dtypes(module):
         made = change(torch.empty(0, dtype=dtype, device=device))
         moves = made.device.type != device.type or made.device.index != _index(device)
-        if made.dtype not in {dtype, *found} or (moves and not offloads):
+        if made.dtype not in {dtype, getattr(module, "dtype", dtype), *found} or (
+            moves and not offloads
+        ):
             advice = "call revert() first"
             if made.dtype != dtype:
                 advice += f", or pass from_pipe torch_dtype={dtype}"
@@ -172,20 +173,6 @@ def _moved(
 
 def _index(device: torch.device) -> int | None:
     return torch.empty(0, device=device).device.index
-
-
-def _is_called() -> bool:
-    """Whether a pipeline's call is under way here, this pipe's or another's of the same parts: some
-    cast the VAE to decode."""
-    from diffusers import DiffusionPipeline
-
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        is_call = frame.f_code.co_name == "__call__"
-        if is_call and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return True
-    return False
 
 
 def _dtypes(module: nn.Module) -> set[torch.dtype]:

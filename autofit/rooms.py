@@ -115,7 +115,8 @@ class Rooms:
         self._trials[i] = 1
         self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
         if outcome.peak_bytes <= self._budget_bytes:
-            self._low[i] = weights_bytes + int(STEP * self._budget_bytes)
+            more_bytes = int(STEP * self._budget_bytes)
+            self._low[i] = max(self._low[i], weights_bytes + more_bytes)
 
     def learn(self, number: int, weights_bytes: int, outcome: Outcome) -> None:
         i = self.index[number]

@@ -193,14 +193,19 @@ class PlanSampler(BaseSampler):
         number = self._numbers.get(cost.placed(plan, plan.placement.opened))
         if number is None:
             return
+        plan = self._with(number, plan.placement)
         if isinstance(outcome, Failure):
             if is_fault(outcome) or (ran_out(outcome) and not self._open[number]):
                 self.learn(plan, outcome)
         elif self._open[number]:
             self.tried.add(number)
-            self.attempts.append(Attempt(self._with(number, plan.placement), outcome))
+            self.attempts.append(Attempt(plan, outcome))
             self._choices.learn(number, outcome)
             self._surrogate.inform(number, plan, outcome)
+        elif outcome.peak_bytes > self.task.budget_bytes >= _live_bytes(outcome):
+            # With less to cache in, the allocator may do with less: it may fit here.
+            self._choices.learn(number, outcome)
+            self._surrogate.learn(number, plan, outcome, None)
         else:
             self.learn(plan, outcome)
         self._informed = len(self.attempts)
@@ -256,7 +261,7 @@ class PlanSampler(BaseSampler):
         return plain_s - patience * hoped_s + setup_s
 
     def _ran_out(self) -> int:
-        return sum(ran_out(a.outcome) for a in self.attempts)
+        return sum(ran_out(a.outcome) for a in self.attempts[self._informed :])
 
     def _until_one_fits(self, untried: Any, fits: Any) -> int | None:
         """Before anything was measured within the budget: the fastest that should fit and is plain,
@@ -310,6 +315,10 @@ def is_fault(outcome: Outcome) -> bool:
 
 def ran_out(outcome: Outcome) -> bool:
     return isinstance(outcome, Failure) and outcome.why in (Why.OUT_OF_MEMORY, Why.OVER_BUDGET)
+
+
+def _live_bytes(outcome: Measurement) -> int:
+    return max(outcome.phase_peak_bytes.values(), default=0) + outcome.non_torch_bytes
 
 
 def is_timed(outcome: Outcome, budget_bytes: int) -> bool:

@@ -57,7 +57,7 @@ def plan(
     with host.granted(goal.host_ram_bytes), measuring(model, target) as measurer:
         defaults = model if isinstance(model, str) else None
         planned = find_plan(measurer, goal, effort, defaults=defaults)
-    keep(planned)
+        keep(planned)
     return planned.profile
 
 
@@ -204,7 +204,7 @@ def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Tr
         return trusted
     with measuring(pipe, device) as measurer:
         planned = find_plan(measurer, goal, effort)
-    keep(planned)
+        keep(planned)
     return Trusted(planned.profile, Match(Level.SAME, "planned here"))
 
 

@@ -124,8 +124,9 @@ class Canvas:
 
     @property
     def image(self) -> torch.Tensor:
-        """All that was put aside, where the tiles are made."""
+        """All that was put aside, where the tiles are made. Nothing is painted after it."""
         assert self._whole is not None
+        self._band = self._band.new_empty(0)  # not beside a copy of the whole
         return self._whole.to(self._band.device)
 
     def paint(self, row: int, column: int, tile: torch.Tensor) -> None:

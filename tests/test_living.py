@@ -508,6 +508,28 @@ def test_a_pipe_of_its_parts_may_be_made_at_any_time(made: Any, plan: Plan, pipe
     assert np.array_equal(image(early, calls=1, **arguments), plain)
 
 
+@pytest.mark.parametrize("loaded", [torch.float16, torch.float32])
+def test_a_vae_that_is_cast_to_decode_is_shared_too(loaded: torch.dtype) -> None:
+    """It is held in float32, and to other pipes what its owner or the profile has made of it."""
+    pipe = build("tiny-sdxl")
+    pipe.to(dtype=loaded)
+    image(pipe, calls=1)
+    half = () if loaded is torch.float16 else (KINDS["half_precision"]("float16"),)
+    before = state(pipe)
+    with fit(pipe, Plan((*half, RESIDENT))):
+        wanted = image(pipe)
+    with fit(pipe, Plan((*half, STREAMED))):
+        assert np.array_equal(image(pipe), wanted)
+        made = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float16)
+        assert np.isfinite(image(made, image=PIXELS, num_inference_steps=4)).all()
+        assert np.array_equal(image(pipe), wanted)
+        with pytest.raises(BadInput) as error:
+            pipe.vae.to(torch.bfloat16)
+        assert_one_line(error.value)
+        assert np.array_equal(image(pipe), wanted)
+    assert state(pipe) == before
+
+
 @pairs(
     "made", {img2img: ("graph streamed",), inpaint: ("model_offload",), controlled: ("borrows",)}
 )
@@ -540,6 +562,22 @@ def test_threads_that_call_one_pipe_wait_for_each_other(plan: Plan, pipe: Any) -
             thread.join()
     assert len(found) == 3
     assert all(np.array_equal(one, wanted) for one in found)
+
+
+def test_a_call_that_waited_while_the_profile_was_reverted_runs_without(pipe: Any) -> None:
+    before, wanted, found = state(pipe), image(pipe), list[Any]()
+    fitted = fit(pipe, PLANS["streamed"])
+    call = pipe.__call__  # what the thread would be in
+    with fitted.lock:
+        waiting = threading.Thread(target=lambda: found.append(call("a cat", **{
+            "num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np",
+            "generator": torch.Generator().manual_seed(1)})))  # fmt: skip
+        waiting.start()
+        fitted.revert()
+    waiting.join()
+    assert np.array_equal(np.asarray(found[0].images), wanted)
+    assert not fitted.is_applied
+    assert state(pipe) == before
 
 
 def test_two_pipes_have_a_profile_each(pipe: Any) -> None:

@@ -89,6 +89,40 @@ def test_what_was_tried_for_a_larger_budget_is_known() -> None:
     assert max(times) <= 1.15
 
 
+def test_what_breaks_for_a_larger_budget_is_not_tried_again() -> None:
+    """Also where the plan that broke was one that the budget completes."""
+
+    def breaks(plan: Plan, give_up_s: float | None) -> Outcome:
+        if "cuda_graph" in plan.label:
+            return Failure(Why.ERROR, "a capture failed", Phase.STEP)
+        return world.measure(plan, give_up_s)
+
+    world = World(gib(6), 0)
+    found = search(task(gib(6)), breaks)
+    assert any("cuda_graph + streamed" in a.plan.label for a in found.attempts)
+    world = World(gib(5), 0)
+    after = search(task(gib(5)), breaks, known=found.attempts)
+    new = after.attempts[len(found.attempts) - 1 :]
+    assert new
+    assert not any("cuda_graph" in a.plan.label for a in new if a not in found.attempts)
+
+
+@pytest.mark.parametrize(("budget", "tried"), [(8, True), (6.5, False)])
+def test_what_was_cached_for_a_larger_budget_may_fit_a_smaller_one(
+    budget: float, tried: bool
+) -> None:
+    """With less to cache in the allocator holds less, but not less than lives."""
+    resident = next(p for p in EXACT if p.label == "resident")
+    seen = World(gib(24), 0).measure(resident, None)
+    assert isinstance(seen, Measurement)
+    phases = dict.fromkeys((p.value for p in Phase), gib(7) - seen.non_torch_bytes)
+    large = replace(seen, peak_bytes=gib(9), phase_peak_bytes=phases)
+    small = replace(large, peak_bytes=gib(budget))
+    first = search(task(gib(12), (resident,)), lambda *_: large)
+    found = search(task(gib(budget), (resident,)), lambda *_: small, known=first.attempts)
+    assert (small in [a.outcome for a in found.attempts]) is tried
+
+
 def test_the_best_is_within_the_budget_and_no_plan_runs_twice() -> None:
     world = World(gib(6))
     found = search(task(gib(6)), world.measure)

@@ -168,7 +168,8 @@ def _cast_for_good(pipe: Any) -> Iterator[None]:
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is None or device is not None or layout is not None:
+        cast = dtype is not None and device is None and layout is None
+        if not cast or not anatomy.is_called():
             return found.to(self, *args, **kwargs)
         said[0] = dtype
         return self
