@@ -13,6 +13,7 @@ from autofit.units import MIB
 SMALLEST_BYTES = MIB  # below it a registration costs more than the pinned copy
 
 
+_locked_bytes: dict[int, int] = {}  # of all that is page-locked here now, by its address
 # While ``kept``: what stays page-locked, by its address. Held, since memory must not be freed so.
 _kept: dict[int, torch.UntypedStorage] | None = None
 
@@ -27,9 +28,10 @@ def host_registered(modules: Iterable[nn.Module], device: str) -> Iterator[None]
     (a read-only mapping) stays as it is.
     """
     locked: dict[int, torch.UntypedStorage] = {}
-    left_bytes = host.pinnable_bytes(host.limit_bytes())
     storages = _storages(modules)
     _let_go(but=storages)
+    others_bytes = sum(size for at, size in _locked_bytes.items() if at not in storages)
+    left_bytes = host.pinnable_bytes(host.limit_bytes()) - others_bytes
     try:
         for pointer, storage in storages.items():
             kept = _kept is not None and pointer in _kept
@@ -71,6 +73,7 @@ def _let_go(but: Container[int]) -> None:
 def _unregister(pointers: Iterable[int]) -> None:
     for pointer in pointers:
         _runtime().cudaHostUnregister(pointer)
+        _locked_bytes.pop(pointer, None)
         if _kept is not None:
             _kept.pop(pointer, None)
 
@@ -99,4 +102,6 @@ def _register(storage: torch.UntypedStorage, device: str) -> bool:
         # CUDA remembers the error, and torch raises it at the next kernel launch: let it be here.
         with suppress(RuntimeError):
             torch.zeros(1, device=device)
+    else:
+        _locked_bytes[storage.data_ptr()] = storage.nbytes()
     return not refused

@@ -68,6 +68,17 @@ def test_what_the_host_has_no_room_for_is_left(
     assert runtime.locked == {}
 
 
+def test_what_another_pipe_has_locked_counts(
+    runtime: _Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = _weights()["a"], _weights()["b"]
+    monkeypatch.setattr(host, "limit_bytes", lambda: 4 * SMALLEST_BYTES)  # room for one
+    with host_registered([first], "cpu"), host_registered([second], "cpu"):
+        assert set(runtime.locked) == {first.weight.data_ptr()}
+    with host_registered([second], "cpu"):
+        assert set(runtime.locked) == {second.weight.data_ptr()}
+
+
 def test_a_storage_that_is_refused_is_left(runtime: _Runtime) -> None:
     modules = _weights()
     runtime.refused = modules["a"].weight.data_ptr()
