@@ -111,7 +111,9 @@ def host_bytes(plan: Plan, pipeline: Pipeline) -> int:
         before, facts = facts, technique.facts(facts)
         pairs = zip(before.components, facts.components, strict=True)
         cast_bytes += sum(new.weight_bytes for old, new in pairs if new.dtype != old.dtype)
-    return pipeline.weight_bytes + cast_bytes + plan.placement.copied_bytes(facts)
+    mapped_bytes = sum(c.mapped_bytes for c in pipeline.components)
+    left_bytes = mapped_bytes if plan.placement.from_files else 0
+    return pipeline.weight_bytes - left_bytes + cast_bytes + plan.placement.copied_bytes(facts)
 
 
 # ---------------------------------------------------------------- plans that the budget completes

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 GROUPS = Path("/proc/self/cgroup")
+MAPS = Path("/proc/self/maps")
+NO_FILES = ("/dev/", "/memfd:", "/SYSV")
 MOUNT = Path("/sys/fs/cgroup")
 # In a container the groups' paths may be those of its host, and its own group is the mount's root.
 ROOTS = ("0::/", "0:memory:/")
@@ -48,6 +50,19 @@ def granted(size_bytes: int | None) -> Iterator[None]:
 def pinnable_bytes(host_limit_bytes: int) -> int:
     """How much of it may be page-locked."""
     return int(PINNABLE_SHARE * host_limit_bytes)
+
+
+def mapped_ranges(maps: Path = MAPS) -> list[tuple[int, int]]:
+    """Where files lie in this process's memory, in order: (start, end) addresses. What was only
+    read there may be forgotten, and is read again; not so what is shared memory by another name."""
+    found = []
+    with suppress(OSError):  # not Linux
+        for line in maps.read_text().splitlines():
+            span, _, _, _, _, *path = line.split(maxsplit=5)
+            if path and path[0].startswith("/") and not path[0].startswith(NO_FILES):
+                start, end = span.split("-")
+                found.append((int(start, 16), int(end, 16)))
+    return sorted(found)
 
 
 def _limits_bytes(groups: Path, mount: Path) -> list[int]:

@@ -147,6 +147,7 @@ class Component:
     groups: bool = True  # diffusers' group offload supports it
     convolutional: bool = False
     leaves: int = 0  # modules with weights of their own: what leaf-level offload hooks
+    mapped_bytes: int = 0  # of its weights, what lies in mapped files: the host may forget it
 
     @property
     def largest_block_bytes(self) -> int:
@@ -349,6 +350,11 @@ class Placement(Technique):
     @property
     def page_locks(self) -> bool:
         """Whether it page-locks weights in host memory, which makes any copy of them faster."""
+        return False
+
+    @property
+    def from_files(self) -> bool:
+        """Whether weights that lie in mapped files are left there, and read when they are used."""
         return False
 
     def fitted(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,27 +111,37 @@ def test_a_plan_that_is_there_is_not_searched_for_again(tmp_path: Path) -> None:
     assert 0 < ours["streamed_bytes"] < 4 * floor["weight_bytes"]["denoiser"]
 
 
-def test_the_ladder_is_climbed_by_one_command(tmp_path: Path) -> None:
-    """Each rung has what is above it, and autofit's plan comes last."""
+@pytest.mark.slow
+def test_the_ladder_is_climbed_by_one_command(tmp_path: Path, bench: Any) -> None:
+    """Autofit's plan comes last."""
     lines = run(tmp_path, "--only", "tiny-sd-64x64-2GiB", "--search", "1")
+    contenders = ("floor", *bench.LADDER, "autofit-numeric")
+    assert tuple(line["contender"] for line in lines) == contenders
     assert all(line["error"] is None for line in lines)
-    assert all(line.keys() >= NEEDED for line in lines)
-    floor, *rungs, ours = lines
-    plans = {line["contender"].removeprefix("ladder-"): line["plan"] for line in rungs}
-    half, last = "half_precision(dtype=float16)", "channels_last_denoiser"
-    assert plans == {
-        "original": "resident, plain attention",
-        "float16": f"{half} + resident, plain attention",
-        "channels-last": f"{half} + {last} + resident, plain attention",
-        "traced": f"{half} + {last} + traced + resident, plain attention",
-        "efficient-attention": f"{half} + {last} + traced + sdpa(kernel=efficient) + resident",
-    }
-    assert (floor["contender"], ours["contender"]) == ("floor", "autofit-numeric")
-    original, cast = rungs[0], rungs[1]
+
+
+def test_each_rung_of_the_ladder_has_what_is_above_it(bench: Any) -> None:
+    rungs = [rung.techniques for rung in bench.LADDER.values()]
+    assert rungs[0] == ()
+    for lower, higher in pairwise(rungs):
+        assert higher[:-1] == lower
+    assert [r[-1].name for r in rungs[1:]] == [
+        "half_precision", "channels_last_denoiser", "traced", "sdpa",
+    ]  # fmt: skip
+
+
+def test_a_rung_is_a_line(tmp_path: Path) -> None:
+    """The lowest and the highest: attention is plain up to the last."""
+    names = ("ladder-original", "ladder-efficient-attention")
+    asked = ("--only", "tiny-sd-64x64-2GiB", "--contenders", ",".join(names))
+    floor, original, last = run(tmp_path, *asked)
+    assert all(line["error"] is None and line.keys() >= NEEDED for line in (original, last))
+    assert original["plan"] == "resident, plain attention"
+    assert last["plan"].endswith(" + traced + sdpa(kernel=efficient) + resident")
     assert original["image_mean"] == pytest.approx(floor["image_mean"], abs=1e-3)
     assert original["image_crc32"] != floor["image_crc32"], "plain attention rounds otherwise"
-    assert cast["image_crc32"] != original["image_crc32"]
-    assert cast["peak_bytes"] < original["peak_bytes"]
+    assert last["image_crc32"] != original["image_crc32"]
+    assert last["peak_bytes"] < original["peak_bytes"]
 
 
 def test_a_child_that_hangs_is_killed_and_a_line(tmp_path: Path) -> None:

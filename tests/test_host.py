@@ -100,3 +100,20 @@ def test_a_process_started_within_a_grant_has_it() -> None:
     with host.granted(SMALL):
         told = subprocess.run([sys.executable, "-c", asks], capture_output=True, check=True)
     assert int(told.stdout) == SMALL
+
+
+MAPS = """\
+7f10-7f20 r--p 00000000 fe:01 1234 /models/a folder/unet.safetensors
+7f00-7f08 rw-p 00000000 fe:01 1235 /models/vae.safetensors
+7f30-7f40 rw-s 00000000 00:01 77   /memfd:weights (deleted)
+7f50-7f60 rw-s 00000000 00:19 78   /dev/shm/torch_1
+7f70-7f80 rw-p 00000000 00:00 0
+7f90-7fa0 rw-p 00000000 00:00 0    [heap]
+"""
+
+
+def test_what_lies_in_files_is_told_from_other_memory(tmp_path: Path) -> None:
+    """Also from shared memory, which has names as files have, and cannot be forgotten."""
+    (tmp_path / "maps").write_text(MAPS)
+    assert host.mapped_ranges(tmp_path / "maps") == [(0x7F00, 0x7F08), (0x7F10, 0x7F20)]
+    assert host.mapped_ranges(tmp_path / "none") == []

@@ -27,6 +27,7 @@ from autofit.spec import (
     Device,
     NothingFits,
     Outcome,
+    Pipeline,
     Placement,
     Plan,
     Profile,
@@ -109,6 +110,28 @@ def test_half_precision_is_no_remedy_where_the_weights_have_it() -> None:
     reason = host_budget.why_not(Plan((Resident(),)), FLUX, of_host(8 * GIB))
     assert reason is not None
     assert "--dtype" not in reason
+
+
+def mapped(pipeline: Pipeline) -> Pipeline:
+    """As if its weights lay in files."""
+    components = (dataclasses.replace(c, mapped_bytes=c.weight_bytes) for c in pipeline.components)
+    return dataclasses.replace(pipeline, components=tuple(components))
+
+
+def test_weights_in_files_can_do_without_a_host_that_holds_them() -> None:
+    """As the last resort: what page-locks nothing is slower."""
+    small, large = of_host(8 * GIB), of_host(128 * GIB)
+    files = Streamed(from_files=True)
+    assert "do not lie in mapped files" in str(files.why_not(FLUX, small, FLUX_LARGE))
+    assert files.why_not(mapped(FLUX), small, FLUX_LARGE) is None
+    assert files.why_pointless(mapped(FLUX), small, FLUX_LARGE) is None
+    assert "host memory holds" in str(files.why_pointless(mapped(FLUX), large, FLUX_LARGE))
+    plans = legal_plans(mapped(FLUX), small, FLUX_LARGE)
+    kept, ruled_out = host_budget.divided(plans, mapped(FLUX), small)
+    assert {plan.placement for plan in kept} == {files}
+    assert {core.placement.name for core, _ in ruled_out} >= {"resident", "streamed"}
+    assert all(p.placement != files for p in legal_plans(mapped(FLUX), large, FLUX_LARGE))
+    assert cost.host_bytes(Plan((HALF, files)), mapped(FACTS)) == 725  # the copies it makes
 
 
 def test_a_host_that_holds_the_weights_once_leaves_what_makes_no_copy() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from snapshots import differences
 from streaming_nets import noted, size_of
 
-from autofit import anatomy, techniques
+from autofit import anatomy, probe, techniques
 from autofit.spec import Plan, Technique, Workload
 from autofit.streaming import engine
 from autofit.streaming.parts import SMALL_SHARE, Part, parts
@@ -226,9 +226,15 @@ def is_mapped(pipe: Any, folder: Path) -> bool:
     return all(any(b <= p.data_ptr() < e for b, e in spans) for p in weights)
 
 
+def mapped_bytes(pipe: Any) -> int:
+    return sum(c.mapped_bytes for c in probe.facts(pipe).components)
+
+
+@pytest.mark.parametrize("stays", [False, True])
 def test_weights_in_mapped_files_stream(
-    pipes: Pipes, device: str, copies: list[int], plain: Any, tmp_path: Path
+    stays: bool, pipes: Pipes, device: str, copies: list[int], plain: Any, tmp_path: Path
 ) -> None:
+    """On CUDA small ones are packed, unless they are to stay in the files."""
     pipes["tiny-flux"].save_pretrained(tmp_path)
     pipe = type(pipes["tiny-flux"]).from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
@@ -238,9 +244,13 @@ def test_weights_in_mapped_files_stream(
         images(pipe)  # diffusers and transformers leave marks at a first generation
     assert is_mapped(pipe, tmp_path)
     before = noted(pipe, device)
-    with Streamed(None, UNIT_BYTES).applied(pipe, device):
+    weight_bytes = sum(size_of(module) for module in anatomy.modules(pipe).values())
+    assert mapped_bytes(pipe) == pytest.approx(weight_bytes, rel=0.01)
+    with Streamed(None, UNIT_BYTES, from_files=stays).applied(pipe, device):
         for _ in range(3):
             copies.clear()
             assert_alike(images(pipe), wanted, device)
     assert differences(before, noted(pipe, device)) == []
     assert sum(copies) > run_bytes(pipe) / 2
+    assert is_mapped(pipe, tmp_path) or not stays
+    assert mapped_bytes(pipes["tiny-flux"]) == 0

@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autofit import anatomy
+from autofit import anatomy, host
 from autofit.spec import BlockList, Component, Pipeline
 
 # Pixels a latent side, where a pipeline does not say: all of Stable Diffusion and Flux.
@@ -37,9 +38,10 @@ def facts(pipe: Any) -> Pipeline:
     width, height = _default_size(pipe, denoiser, scale)
     call = inspect.signature(type(pipe).__call__).parameters
     batched = batches_guidance(pipe)
+    ranges = host.mapped_ranges()
     return Pipeline(
         cls=type(pipe).__name__,
-        components=tuple(_component(n, m) for n, m in anatomy.modules(pipe).items()),
+        components=tuple(_component(n, m, ranges) for n, m in anatomy.modules(pipe).items()),
         fingerprint=fingerprint(pipe),
         default_width=width,
         default_height=height,
@@ -91,7 +93,7 @@ def _adapters(pipe: Any) -> tuple[str, ...]:
     return tuple(sorted({str(name) for config in configs for name in config}))
 
 
-def _component(name: str, module: nn.Module) -> Component:
+def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) -> Component:
     blocks = tuple(_block_lists(module))
     return Component(
         name=name,
@@ -106,6 +108,18 @@ def _component(name: str, module: nn.Module) -> Component:
             isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in module.modules()
         ),
         leaves=sum(_bytes([m]) > 0 for m in module.modules()),
+        mapped_bytes=_mapped_bytes(module, ranges),
+    )
+
+
+def _mapped_bytes(module: nn.Module, ranges: Sequence[tuple[int, int]]) -> int:
+    """Of the weights, what lies in files."""
+    found = {_address(t): t for _, _, t in anatomy.tensors(module) if t.device.type == "cpu"}
+    starts = [start for start, _ in ranges]
+    return sum(
+        tensor.nbytes
+        for at, tensor in found.items()
+        if (n := bisect_right(starts, at)) and at + tensor.nbytes <= ranges[n - 1][1]
     )
 
 

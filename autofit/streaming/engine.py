@@ -137,15 +137,17 @@ def streaming(
     loan_bytes: int | None = 0,
     *,
     unit_bytes: int | None = None,
+    locks: bool = True,
 ) -> Iterator[None]:
     """Run a pipe with at most ``weights_bytes`` of its weights on the device; None: the least.
 
     While the denoiser runs ``loan_bytes`` more are there, in memory that the VAE works in; None:
     four units. The VAE may need more than these, and what it needs it keeps.
 
-    Buffers and weights below a 512th of a unit stay on the device and count. On exit all weights
-    are in host memory: the same bits, the small ones of a CUDA device in other memory, side by
-    side.
+    ``locks``: page-lock the others in host memory, the small ones side by side; else all are copied
+    from where they lie. Buffers and weights below a 512th of a unit stay on the device and count.
+    On exit all weights are in host memory: the same bits, the small ones of a CUDA device in other
+    memory, side by side.
     """
     components = anatomy.modules(pipe)
     modules = list(components.values())
@@ -158,7 +160,7 @@ def streaming(
     with ExitStack() as undo:
         for module in modules:
             undo.enter_context(anatomy.weights_held(module, without=moving))
-        undo.enter_context(_weighed(found, modules, device))
+        undo.enter_context(_weighed(found, modules, device, locks))
         settled_bytes = sum(_settle(m, device, moving) for m in modules)
         pool_bytes = None if weights_bytes is None else max(0, weights_bytes - settled_bytes)
         loan_bytes = 4 * unit_bytes if loan_bytes is None else loan_bytes
@@ -175,16 +177,16 @@ def _saved_whole(part: Part) -> AbstractContextManager[None]:
 
 @contextmanager
 def _weighed(
-    found: Sequence[Part], modules: Sequence[nn.Module], device: torch.device
+    found: Sequence[Part], modules: Sequence[nn.Module], device: torch.device, locks: bool
 ) -> Iterator[None]:
     """Make the weights that stream ready for it, and leave them all in host memory on exit."""
-    cuda = device.type == "cuda"
+    locks = locks and device.type == "cuda"
     firsts = {id(next(m.parameters(), None)) for m in modules}
-    for part in found if cuda else ():
+    for part in found if locks else ():
         pack(part.parameters)
     # first the part whose weights move every step, in case not all may be page-locked
     order = [p.module for p in sorted(found, key=lambda p: not p.keeps) if p.parameters]
-    with host_registered(order, str(device)) if cuda else nullcontext():
+    with host_registered(order, str(device)) if locks else nullcontext():
         try:
             for part in found:
                 part.weigh(firsts, device)

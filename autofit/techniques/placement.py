@@ -205,6 +205,7 @@ def as_run(pipeline: Pipeline, phase: Phase) -> Pipeline:
         dtype="float32",
         weight_bytes=2 * vae.weight_bytes,
         largest_leaf_bytes=2 * vae.largest_leaf_bytes,
+        mapped_bytes=0,
     )
     components = tuple(upcast if c is vae else c for c in pipeline.components)
     return replace(pipeline, components=components)

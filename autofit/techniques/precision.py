@@ -91,6 +91,7 @@ def _halved(component: Component, dtype: str) -> Component:
         weight_bytes=cast(component.weight_bytes),
         largest_leaf_bytes=cast(component.largest_leaf_bytes),
         blocks=blocks,
+        mapped_bytes=0,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ ARENA_SHARE = 0.08
 LEAST_UNITS = 2
 # Biases, norms and buffers stay on the device, and what is placed is aligned.
 SETTLED_SHARE = 0.01
+MAPPED_SHARE = 0.9  # of the weights: what is too small, or tied, may lie elsewhere
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Streamed(Placement):
     ``borrows``: while the denoiser runs, ``borrowed_bytes`` more of its weights are there, in
     memory that the VAE works in afterwards. They come anew for each image, which costs one transfer
     and saves one every step. None borrows the least, and is open too.
+
+    ``from_files``: weights that lie in mapped files stay there, neither packed nor page-locked: for
+    hosts that do not hold them all. What is not in the page cache is read when it is used.
     """
 
     name: ClassVar[str] = "streamed"
@@ -52,6 +55,7 @@ class Streamed(Placement):
     unit_bytes: int | None = None
     borrows: bool = False
     borrowed_bytes: int | None = None
+    from_files: bool = False
 
     def __post_init__(self) -> None:
         if self.borrowed_bytes and not self.borrows:
@@ -64,10 +68,16 @@ class Streamed(Placement):
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
         from autofit.streaming import streaming
 
-        target = torch.device(device)
         loan_bytes = self.borrowed_bytes if self.borrows else 0
-        cast, streams = _cast_for_good(pipe), functools.partial(streaming, pipe, target)
-        with cast, streams(self.weights_bytes, loan_bytes, unit_bytes=self.unit_bytes):
+        streams = streaming(
+            pipe,
+            torch.device(device),
+            self.weights_bytes,
+            loan_bytes,
+            unit_bytes=self.unit_bytes,
+            locks=not self.from_files,
+        )
+        with _cast_for_good(pipe), streams:
             yield
 
     def facts(self, pipeline: Pipeline) -> Pipeline:
@@ -76,9 +86,17 @@ class Streamed(Placement):
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         if self.borrows and pipeline.vae is None:
             return f"{pipeline.cls} has no VAE to borrow from"
+        mapped_bytes = sum(c.mapped_bytes for c in pipeline.components)
+        if self.from_files and mapped_bytes < MAPPED_SHARE * pipeline.weight_bytes:
+            return (
+                "its weights do not lie in mapped files: load them by from_pretrained, in their own"
+                " dtype, from .safetensors"
+            )
         return None
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
+        if self.from_files and pipeline.weight_bytes <= device.host_limit_bytes:
+            return "host memory holds all weights, and copies from there are faster"
         return NOWHERE if device.kind == "cpu" else None
 
     @property
@@ -120,6 +138,8 @@ class Streamed(Placement):
         moved_bytes *= runs(pipeline, phase)
         if phase is Phase.ENCODE:  # once an image, as much as its own memory does not hold
             moved_bytes += min(self._borrowed_bytes, max(0, denoiser_bytes - room_bytes))
+        if self.from_files:
+            return Traffic(pageable_bytes=moved_bytes, overlaps=True)
         return Traffic(moved_bytes, overlaps=True)
 
     def _streamed_bytes(self, pipeline: Pipeline, short_bytes: int, room_bytes: int) -> int:
@@ -146,14 +166,18 @@ class Streamed(Placement):
 
     @property
     def page_locks(self) -> bool:
-        return True
+        return not self.from_files
 
     @property
     def traits(self) -> frozenset[str]:
         return frozenset({self.name, "hooks_layers"})
 
 
-STREAMED: tuple[Technique, ...] = (Streamed(), Streamed(borrows=True))
+STREAMED: tuple[Technique, ...] = (
+    Streamed(),
+    Streamed(borrows=True),
+    Streamed(from_files=True),
+)
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Ways for an image to go wrong without an error: each is staged, and refused by its trial."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pipes
+
+from autofit.architectures import build
+from autofit.spec import Failure, Measurement, Outcome, Plan, Why, Workload
+from autofit.streaming.lanes import HostLane
+from autofit.techniques import KINDS
+from autofit.trial import InProcess, Request
+
+RESIDENT = Plan((KINDS["resident"](),))
+WORKLOAD = Workload(128, 64, 3, passes=2)
+
+
+def half(dtype: str) -> Plan:
+    return Plan((KINDS["half_precision"](dtype), KINDS["resident"]()))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """The file of the reference's image."""
+    return tmp_path / "reference.npz"
+
+
+def measured(pipe: Any, plan: Plan, image: Path) -> Outcome:
+    """By the trial that a search would make: the plain pipe's image is the reference."""
+    measurer = InProcess(pipe, "cpu")
+    if not image.exists():
+        assert isinstance(
+            measurer.measure(Request(RESIDENT, WORKLOAD, None, output=image)), Measurement
+        )
+    return measurer.measure(Request(plan, WORKLOAD, None, reference=image))
+
+
+def assert_refused(outcome: Outcome, words: str) -> None:
+    assert isinstance(outcome, Failure)
+    assert outcome.why is Why.BAD_OUTPUT
+    assert words in outcome.detail
+
+
+def test_a_vae_that_overflows_in_float16(image: Path) -> None:
+    """SDXL's first one does: activations above 65,504, and a black image. In bfloat16 it works."""
+    pipe = build("tiny-sd")
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight.mul_(3e5)
+    assert_refused(measured(pipe, half("float16"), image), "not finite, or one flat colour")
+    assert isinstance(measured(pipe, half("bfloat16"), image), Measurement)
+
+
+def test_tiles_that_change_the_colours(
+    image: Path, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where each is normalised by itself: no seam, and another image."""
+    pipe = pipes["tiny-sd"]
+    tiled = Plan((KINDS["tiled_vae"](64, 0.25), KINDS["resident"]()))
+    assert isinstance(measured(pipe, tiled, image), Measurement)
+    found = pipe.vae.decoder.forward
+    tinted = torch.tensor([0.6, 0.0, -0.6]).view(1, 3, 1, 1)
+    monkeypatch.setitem(vars(pipe.vae.decoder), "forward", lambda *a, **k: found(*a, **k) + tinted)
+    assert_refused(measured(pipe, tiled, image), "plans come within")
+
+
+def test_weights_that_are_written_over_while_they_are_used(
+    image: Path, pipes: Pipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a copy that did not wait for the kernels before it: one arrives as another's bytes."""
+    pipe, copy, number = pipes["tiny-sd"], HostLane.copy, 0
+    streamed = Plan((KINDS["streamed"](unit_bytes=2**15),))
+    assert isinstance(measured(pipe, streamed, image), Measurement)
+
+    def late(self: HostLane, places: Any, sources: Any, *events: Any) -> None:
+        nonlocal number
+        number += 1
+        copy(self, places, sources, *events)
+        if number % 7 == 0:
+            for place in places:
+                place.copy_(place.roll(place.numel() // 8 * 4))
+
+    monkeypatch.setattr(HostLane, "copy", late)
+    assert_refused(measured(pipe, streamed, image), "exact plans come within 45 dB")
+    assert number > 7
