@@ -130,6 +130,7 @@ def test_each_rung_of_the_ladder_has_what_is_above_it(bench: Any) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_rung_is_a_line(tmp_path: Path) -> None:
     """The lowest and the highest: attention is plain up to the last."""
     names = ("ladder-original", "ladder-efficient-attention")

@@ -128,6 +128,7 @@ class TestPlan:
             ended.complaint,
         )
 
+    @pytest.mark.slow  # test_planner.py has one, in this process
     def test_a_database_keeps_the_study(self, tmp_path: Path) -> None:
         asked = (*PLAN, "--trials", "1", "--json", "--storage", f"sqlite:///{tmp_path}/studies.db")
         first, second = (json.loads(autofit(*asked).out)["trials"] for _ in range(2))

@@ -67,6 +67,7 @@ def test_who_comes_down_does_so_without_an_error(script: Any, changed: Any, hold
     assert script.summed(case, lines(script, 3, **changed))["holds"] is holds
 
 
+@pytest.mark.slow
 def test_a_case_is_run_in_a_process_of_its_own(tmp_path: Path) -> None:
     environment = os.environ | {"AUTOFIT_HOME": str(tmp_path / "home")}
     command = [sys.executable, SCRIPTS / "endure.py", "--out", tmp_path, "--device", "cpu",

@@ -191,6 +191,7 @@ def test_sizes_in_a_plan_are_shown_in_units() -> None:
             "unit_bytes": None,
             "borrows": False,
             "borrowed_bytes": None,
+            "from_files": False,
         }
     ]
 

@@ -97,6 +97,7 @@ def test_two_workers_measure_one_study(
     assert "resident" in labels
 
 
+@pytest.mark.slow
 def test_a_helper_goes_with_who_plans(home: Path) -> None:
     """However that went: the system closes what it held."""
     helpers = Team([ASK])
