@@ -260,15 +260,19 @@ class PlanSampler(BaseSampler):
         patience = max(0.0, 1 - self._failed_hopes / PATIENCE)
         return plain_s - patience * hoped_s + setup_s
 
+    @property
+    def _own(self) -> list[Attempt]:
+        """The attempts for this budget."""
+        return self.attempts[self._informed :]
+
     def _ran_out(self) -> int:
-        return sum(ran_out(a.outcome) for a in self.attempts[self._informed :])
+        return sum(ran_out(a.outcome) for a in self._own)
 
     def _until_one_fits(self, untried: Any, fits: Any) -> int | None:
         """Before anything was measured within the budget: the fastest that should fit and is plain,
         else of the leanest the fastest."""
-        own = self.attempts[self._informed :]
-        hopeless = len(own) >= HOPELESS
-        if hopeless and all(is_fault(a.outcome) for a in own):
+        hopeless = len(self._own) >= HOPELESS
+        if hopeless and all(is_fault(a.outcome) for a in self._own):
             return None  # it is not the plans that are at fault
         for mask in (fits & self._choices.plain(), fits):
             if mask.any():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -85,14 +86,10 @@ def _theirs(vae: Any, latents: torch.Tensor, tile: int, scale: int) -> torch.Ten
         "tile_sample_min_size": tile * scale,
         "tile_overlap_factor": THEIR_OVERLAP,
     }
-    before = {name: getattr(vae, name) for name in settings}
-    for name, value in settings.items():
-        setattr(vae, name, value)
-    try:
+    with ExitStack() as undo:
+        for name, value in settings.items():
+            undo.enter_context(anatomy.attribute(vae, name, value))
         image: torch.Tensor = vae.decode(latents).sample
-    finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
     return image
 
 

@@ -74,16 +74,18 @@ def main() -> None:
                 continue
             if time.monotonic() > end:
                 return
+            asked = f"--only {model.name} --limit {options.limit:g}"
+            command = f"python scripts/record_matrix.py --out DIR {asked}"
             with session.measuring(model.name, options.device) as measurer:
                 given = {"device": options.device, "limit_s": options.limit}
                 plan = functools.partial(record, measurer=measurer, **given)
                 for column in columns:
-                    for line in planned(column, plan, done, end):
+                    for line in planned(column, plan, command, done, end):
                         append(line, out)
 
 
 def planned(
-    column: list[Case], plan: Callable[..., Any], done: dict[str, Any], end: float
+    column: list[Case], plan: Callable[..., Any], command: str, done: dict[str, Any], end: float
 ) -> Iterator[dict[str, Any]]:
     """Plan the budgets of one size, the largest first: a line of each that is not done."""
     after, smallest_bytes = None, 0
@@ -96,7 +98,7 @@ def planned(
                 line = too_small(case, smallest_bytes)
             else:
                 line, found = plan(case, after=after)
-                line["command"] = f"python scripts/record_matrix.py --out DIR --only {case.model}"
+                line["command"] = command
                 after = found or after
             yield line
         smallest_bytes = max(smallest_bytes, line["smallest_bytes"] or 0)

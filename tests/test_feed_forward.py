@@ -32,6 +32,7 @@ WORKLOAD = Workload(64, 64, 2, batch=2, passes=2)
 WIDE = dataclasses.replace(WORKLOAD, width=96)
 FOUR_K = Workload(3840, 2224, 20, passes=2)
 CHUNKED = FEED_FORWARDS[0]
+SLOW = pytest.mark.slow
 
 
 @contextmanager
@@ -154,7 +155,14 @@ def test_a_denoiser_without_such_layers_is_not_bound_by_them() -> None:
     assert facts(pipe).feed_forward_bound is False
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux-dev"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        "flux-dev",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "sd35-medium")),
+    ],
+)
 def test_a_dry_run_holds_less_just_where_it_is_said(name: str) -> None:
     dry = DryRun(name, dtype="float16" if name == "sd15" else None)
     pipeline = dry.pipeline

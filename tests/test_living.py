@@ -47,15 +47,23 @@ MASK = (PIXELS[:, :1] > 0.5).float()
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # diffusers' and peft's advice
 
 
-def each(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("plan", [PLANS[n] for n in names], ids=names)
+def each(*names: str, slow: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    marked = [(name, ()) for name in names] + [(name, pytest.mark.slow) for name in slow]
+    found = [pytest.param(PLANS[name], id=name, marks=marks) for name, marks in marked]
+    return pytest.mark.parametrize("plan", found)
 
 
-def pairs(argument: str, given: dict[Any, tuple[str, ...]]) -> pytest.MarkDecorator:
+def pairs(
+    argument: str, given: dict[Any, tuple[str, ...]], slow: dict[Any, tuple[str, ...]] | None = None
+) -> pytest.MarkDecorator:
     """Not all with all: that takes minutes."""
-    found = [(one, name) for one, names in given.items() for name in names]
-    ids = [f"{getattr(one, '__name__', one)}-{name}" for one, name in found]
-    return pytest.mark.parametrize(f"{argument}, plan", [(o, PLANS[n]) for o, n in found], ids=ids)
+    found = [
+        pytest.param(one, PLANS[name], id=f"{getattr(one, '__name__', one)}-{name}", marks=marks)
+        for pairing, marks in ((given, ()), (slow or {}, pytest.mark.slow))
+        for one, names in pairing.items()
+        for name in names
+    ]
+    return pytest.mark.parametrize(f"{argument}, plan", found)
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +268,7 @@ def check_changes(changes: tuple[Callable[[Any], Any], ...], plan: Plan, pipe: A
         "components": ("graph",),
         "settings": ("streamed", "group_offload"),
     },
+    slow={"a LoRA": ("borrows",), "components": ("half",)},
 )
 def test_a_change_while_applied_comes_to_what_it_does_without(
     changes: str, plan: Plan, pipe: Any
@@ -282,7 +291,7 @@ def test_weights_may_be_written_with_the_plan_off(plan: Plan, pipe: Any) -> None
     assert state(pipe) == state(twin)
 
 
-@each("streamed", "traced", "graph")
+@each("streamed", "traced", "graph", slow=("compiled",))
 def test_adapters_that_peft_itself_puts_in_are_seen(plan: Plan, pipe: Any) -> None:
     check_changes((inject, scale), plan, pipe)
 

@@ -34,6 +34,11 @@ def test_each_cell_has_a_line_the_largest_budget_first(lines: list[dict[str, Any
     assert [line["case"]["budget"] for line in lines] == ["2GiB", "1GiB", "2MiB", "1MiB"]
 
 
+def test_a_line_has_the_command_that_made_it(lines: list[dict[str, Any]]) -> None:
+    made = "python scripts/record_matrix.py --out DIR --only tiny-sd --limit 3"
+    assert [line["command"] for line in lines] == [made] * 3 + [None]
+
+
 def test_what_was_tried_is_known_to_the_next_budget(lines: list[dict[str, Any]]) -> None:
     more, less = (line["found"]["trials"] for line in lines[:2])
     assert less[: len(more)] == more
