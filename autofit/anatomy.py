@@ -49,6 +49,14 @@ def vae(pipe: Any) -> Any | None:
     return next((m for n, m in modules(pipe).items() if role(n) is Role.VAE), None)
 
 
+def entries(name: str, module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a component that are entered from outside."""
+    if role(name) is not Role.VAE:
+        yield module
+        return
+    yield from (m for n, m in module.named_children() if n in ("encoder", "decoder"))
+
+
 def upcasts(pipe: Any) -> bool:
     """Whether a float16 VAE is decoded in float32: its configuration asks, but few pipelines read
     that (``force_upcast`` is True unless said otherwise)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,13 @@ Bools = npt.NDArray[np.bool_]
 REFITS = 3  # trials of one plan beyond its first
 STEP = 0.02  # of the budget: a failed plan gives up that much, unused bytes below are left
 STARVED = 3  # steps: workspaces are larger than what a peak is mispredicted by
+
+
+class Room(NamedTuple):
+    """What a plan was tried with."""
+
+    weights_bytes: int
+    borrowed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Rooms:
         self._low = np.full(count, -np.inf)  # weights that it must have, to be tried again,
         self._high = np.full(count, np.inf)  # and must not have more
         self._failed = np.full(count, np.inf)  # the fewest that were too many
-        self._beside_bytes = np.full(count, np.nan)  # as measured
+        self._beside_bytes = np.full(count, np.nan)  # as measured,
+        self._borrowed_bytes = np.zeros(count)  # and with how much borrowed
         self._starved = np.zeros(count, dtype=bool)
         self._known: dict[tuple[int, int, int], Fit] = {}
 
@@ -78,7 +87,9 @@ class Rooms:
         was measured. Where too little is left, a plan gets the least it can do with.
         ``decode_bytes`` is what the allocator needs for the activations of its decode."""
         seen = np.isfinite(self._beside_bytes)
-        beside_bytes = np.where(seen, self._beside_bytes, beside_bytes)
+        # What was borrowed beyond that was there for nothing.
+        unused_bytes = np.maximum(0, self._borrowed_bytes - decode_bytes)
+        beside_bytes = np.where(seen, self._beside_bytes - unused_bytes, beside_bytes)
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes
         wanted = np.minimum(left_bytes, self._high)
         rooms = np.maximum(wanted, self.least_bytes).astype(int)
@@ -109,21 +120,25 @@ class Rooms:
         tried: Bools = (self._trials >= 1) & (self._trials <= REFITS)
         return tried & ~self._settled & other
 
-    def inform(self, number: int, weights_bytes: int, outcome: Measurement) -> None:
+    def inform(self, number: int, room: Room, outcome: Measurement) -> None:
         """Learn from a trial for a larger budget: what is beside the weights is the same."""
         i = self.index[number]
         self._trials[i] = 1
-        self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
+        self._saw(i, room, outcome)
         if outcome.peak_bytes <= self._budget_bytes:
             more_bytes = int(STEP * self._budget_bytes)
-            self._low[i] = max(self._low[i], weights_bytes + more_bytes)
+            self._low[i] = max(self._low[i], room.weights_bytes + more_bytes)
 
-    def learn(self, number: int, weights_bytes: int, outcome: Outcome) -> None:
-        i = self.index[number]
+    def _saw(self, i: int, room: Room, outcome: Measurement) -> None:
+        self._beside_bytes[i] = outcome.peak_bytes - room.weights_bytes
+        self._borrowed_bytes[i] = room.borrowed_bytes
+
+    def learn(self, number: int, room: Room, outcome: Outcome) -> None:
+        i, weights_bytes = self.index[number], room.weights_bytes
         self._trials[i] += 1
         step_bytes = int(STEP * self._budget_bytes)
         if isinstance(outcome, Measurement):
-            self._beside_bytes[i] = outcome.peak_bytes - weights_bytes
+            self._saw(i, room, outcome)
             if outcome.starved and not self._starved[i]:
                 self._starved[i] = True  # once: some ask for what no budget has
                 step_bytes = STARVED * step_bytes

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autofit import cost
 from autofit.phases import ACTIVATION_FLOOR, PhaseTable
-from autofit.rooms import Bools, Fits, Floats, Rooms
+from autofit.rooms import Bools, Fits, Floats, Room, Rooms
 from autofit.spec import (
     Device,
     Failure,
@@ -77,10 +77,9 @@ class Surrogate:
         return self._live_bytes(fragmentation) + self._outside_bytes
 
     def _open_fragments(self) -> Floats:
-        """Bytes that the allocator holds for a byte of activations, of every open plan. What was
-        seen is of plans that do not borrow, where a decode's fragments need not be the peak: those
-        that borrow are given no less than the prior, since a decode that is short takes slower
-        kernels without a word."""
+        """Bytes that the allocator holds for a byte of activations, of every open plan. Those that
+        borrow are given no less than the prior: what was seen may be of steps alone, and a decode
+        that is short takes slower kernels without a word."""
         seen = statistics.median(self._open_fragmentation or self._fragmentation)
         return np.where(self._rooms.borrows, max(seen, cost.fragmentation(self.device)), seen)
 
@@ -147,16 +146,19 @@ class Surrogate:
         elif outcome.why is Why.TOO_SLOW and best_s is not None:
             self._learn_too_slow(number, best_s)
         if number in self._rooms.index:
-            held_bytes = cost.held_bytes(plan.placement, self._facts[number])
-            self._rooms.learn(number, held_bytes, outcome)
+            self._rooms.learn(number, self._room(number, plan), outcome)
         self._fits = None
 
     def inform(self, number: int, plan: Plan, outcome: Measurement) -> None:
         """Learn from a trial of an open plan for a larger budget."""
         self._learn_measurement(number, plan, outcome)
-        held_bytes = cost.held_bytes(plan.placement, self._facts[number])
-        self._rooms.inform(number, held_bytes, outcome)
+        self._rooms.inform(number, self._room(number, plan), outcome)
         self._fits = None
+
+    def _room(self, number: int, plan: Plan) -> Room:
+        facts = self._facts[number]
+        held_bytes = cost.held_bytes(plan.placement, facts)
+        return Room(held_bytes, cost.borrowed_bytes(plan.placement, facts))
 
     def _learn_measurement(self, number: int, plan: Plan, outcome: Measurement) -> None:
         later_s = statistics.median(outcome.step_s[1:] or outcome.step_s)
@@ -170,12 +172,9 @@ class Surrogate:
         for phase, table in self.tables.items():
             row = table.index[number]
             self._learn_seconds(number, plan, phase, spent_s[phase])
-            live_bytes = outcome.phase_peak_bytes.get(phase.value, 0)
-            used_bytes = live_bytes - cost.weight_bytes(plan, self._facts[number], phase)
-            # What was borrowed is still there when a decode begins: less than that is not seen.
-            hidden = phase is Phase.DECODE and plan.placement.borrows
-            if not hidden or live_bytes > outcome.phase_peak_bytes.get(Phase.STEP.value, 0):
-                table.activations.learn(row, max(ACTIVATION_FLOOR, used_bytes))
+            used_bytes = outcome.phase_peak_bytes.get(phase.value, 0)
+            used_bytes -= cost.weight_bytes(plan, self._facts[number], phase)
+            table.activations.learn(row, max(ACTIVATION_FLOOR, used_bytes))
         self._learn_overheads(number, plan, outcome)
 
     def _learn_seconds(self, number: int, plan: Plan, phase: Phase, spent_s: float) -> None:
@@ -195,17 +194,22 @@ class Surrogate:
         """What the allocator held beyond live tensors, for a byte of activations in that phase."""
         self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
         # The allocator does not count as live what stays: nobody may have it, but it is free.
-        if plan.placement.borrows:
-            return  # the allocator holds what was borrowed whether a decode fills it or not
         left = {p: float(self._left_bytes(p)[number]) for p in Phase}
         highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + left[p])
-        live_bytes = outcome.phase_peak_bytes[highest.value] + left[highest]
+        if plan.placement.borrows:
+            highest = Phase.STEP  # which leaves the decode what was borrowed, or as much as it took
         table = self.tables[highest]
-        activations = table.activations.values()[table.index[number]] + left[highest]
-        extra_bytes = outcome.peak_bytes - outcome.non_torch_bytes - live_bytes
+        used_bytes = float(table.activations.values()[table.index[number]])
+        reserved_bytes = outcome.peak_bytes - outcome.non_torch_bytes
+        held_bytes = outcome.phase_peak_bytes.get(highest.value, 0) - used_bytes
+        fragments = (reserved_bytes - held_bytes) / used_bytes
+        borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])
+        if fragments * left[highest] > borrowed_bytes:
+            free_bytes = reserved_bytes - held_bytes + borrowed_bytes
+            fragments = free_bytes / (used_bytes + left[highest])
         is_open = number in self._rooms.index
         seen = self._open_fragmentation if is_open else self._fragmentation
-        seen.append(1.0 + min(1.0, max(0.0, extra_bytes / activations)))
+        seen.append(min(2.0, max(1.0, fragments)))
 
     def _learn_no_memory(self, number: int, plan: Plan, outcome: Failure) -> None:
         overhead = float(self.least_bytes()[number] - self._live_bytes()[number])

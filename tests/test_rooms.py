@@ -25,7 +25,7 @@ from worlds import (
 )
 
 from autofit import cost
-from autofit.rooms import REFITS, STARVED, STEP, Rooms
+from autofit.rooms import REFITS, STARVED, STEP, Room, Rooms
 from autofit.sampler import MIN_GAIN, PlanSampler, Task, ranking
 from autofit.search import Found, Limits, search
 from autofit.spec import (
@@ -217,6 +217,22 @@ def test_activations_are_exact_whatever_the_room() -> None:
     assert learnt[0] == pytest.approx(learnt[1])
 
 
+def test_a_loan_far_too_large_is_seen_and_what_it_kept_goes_to_weights() -> None:
+    """As where the pipe cuts its decode in tiles of its own, which no dry run knows of."""
+    borrowing = Plan((replace(STREAMED, borrows=True),))
+    basis = {("float16", Phase.DECODE): cost.Plain(gib(5), 0.3)}
+    asked = replace(task(gib(8), (borrowing,), SDXL, LARGE), basis=basis)
+    world = World(gib(8), 1)
+    found = search(asked, world.measure)
+    first = found.attempts[0].plan.placement
+    assert first.settings["borrowed_bytes"] > gib(5)
+    plan, outcome = best(found, asked)
+    optimum = world.best(borrowing)
+    assert isinstance(optimum, Measurement)
+    assert plan.placement.settings["borrowed_bytes"] < gib(4)
+    assert outcome.image_s <= 1.02 * optimum.image_s
+
+
 def test_resumes_with_the_bytes_that_were_set(tmp_path: Path) -> None:
     bent = Bent(activations=3.0)
     world, whole = (World(gib(12), 1, FLUX_LARGE, FLUX, bent) for _ in range(2))
@@ -296,10 +312,11 @@ def test_a_trial_that_was_starved_is_tried_with_fewer_weights_once() -> None:
     beside, decode = np.array([float(gib(2))]), np.array([0.0])
     first = int(rooms.fits(beside, decode).weights_bytes[0])
     starved = replace(samples.measurement(peak_bytes=budget - 10), starved=2)
-    rooms.learn(0, first, starved)
+    rooms.learn(0, Room(first, 0), starved)
     second = int(rooms.fits(beside, decode).weights_bytes[0])
     assert second == first - STARVED * int(STEP * budget)
     assert rooms.again(rooms.fits(beside, decode)).all()
-    rooms.learn(0, second, replace(starved, peak_bytes=budget - 10 - (first - second)))
+    fewer = replace(starved, peak_bytes=budget - 10 - (first - second))
+    rooms.learn(0, Room(second, 0), fewer)
     third = int(rooms.fits(beside, decode).weights_bytes[0])
     assert second <= third < first  # as after any that fits

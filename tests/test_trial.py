@@ -23,7 +23,8 @@ from snapshots import differences, snapshot
 from autofit import probe
 from autofit.probe import memory
 from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
-from autofit.techniques import KINDS
+from autofit.techniques import KINDS, applied
+from autofit.techniques.streamed import Streamed
 from autofit.trial import InProcess, Job, Request, Worker, generate
 from autofit.trial.cap import Outside
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
@@ -78,6 +79,22 @@ def test_the_meter_sees_every_phase_and_leaves_no_trace(pipes: Pipes) -> None:
     assert min(meter.encode_s, *meter.step_s, meter.decode_s) > 0
     assert set(meter.phase_bytes) == {p.value for p in Phase}
     assert differences(before, snapshot(pipe)) == []
+
+
+def test_a_decode_counts_without_what_the_denoiser_borrowed_of_its_memory(pipes: Pipes) -> None:
+    pipe = pipes["tiny-sd"]
+    found: dict[int | None, dict[str, int]] = {}
+    for borrowed_bytes in (None, 10_000, 3_000_000):
+        borrows = borrowed_bytes is not None
+        streamed = Streamed(400_000, borrows=borrows, borrowed_bytes=borrowed_bytes)
+        with tracked(pipe, CPU, None) as tracker, applied(Plan((streamed,)), pipe, "cpu"):
+            pipe("a cat", num_inference_steps=3, width=64, height=64)
+            meter = Meter(pipe, CPU, tracker)
+            with meter.running():
+                pipe("a cat", num_inference_steps=3, width=64, height=64)
+        found[borrowed_bytes] = meter.phase_bytes
+    assert found[3_000_000]["step"] > found[None]["step"] + 2_000_000
+    assert len({peaks["decode"] for peaks in found.values()}) == 1
 
 
 class TestInProcess:

@@ -187,8 +187,6 @@ class World:
         borrowed_bytes = cost.borrowed_bytes(plan.placement, facts)
         left_bytes = sum(bent[p] for p in stay) * self.bent.reserved
         reserved[Phase.STEP] -= min(borrowed_bytes, left_bytes)
-        # still there as the decode begins
-        live[Phase.DECODE] = max(live[Phase.DECODE], weights[Phase.STEP])
         return live, reserved
 
     def _seconds(self, plan: Plan, phase: Phase) -> float:

@@ -23,7 +23,7 @@ from autofit.streaming.clock import timing
 from autofit.streaming.lanes import lane_for
 from autofit.streaming.loan import Loan
 from autofit.streaming.pack import pack
-from autofit.streaming.parts import Part, entries, parts, unit_bytes_for
+from autofit.streaming.parts import Part, parts, unit_bytes_for
 from autofit.streaming.pool import Pool
 from autofit.streaming.record import recording
 from autofit.streaming.replay import Moving
@@ -152,7 +152,7 @@ def streaming(
     components = anatomy.modules(pipe)
     modules = list(components.values())
     vaes = {n: m for n, m in components.items() if anatomy.role(n) is Role.VAE}
-    lenders = [entry for name, module in vaes.items() for entry in entries(name, module)]
+    lenders = [entry for name, module in vaes.items() for entry in anatomy.entries(name, module)]
     largest_bytes = max(sum(t.nbytes for _, _, t in anatomy.tensors(m)) for m in modules)
     unit_bytes = unit_bytes or unit_bytes_for(largest_bytes)
     found = parts(pipe, unit_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +75,9 @@ def parts(pipe: Any, unit_bytes: int) -> list[Part]:
     """
     components = anatomy.modules(pipe)
     found = [
-        (name, entry) for name, module in components.items() for entry in entries(name, module)
+        (name, entry)
+        for name, module in components.items()
+        for entry in anatomy.entries(name, module)
     ]
     owners = Counter(p.data_ptr() for _, entry in found for p in entry.parameters())
     small_bytes = unit_bytes // SMALL_SHARE
@@ -104,11 +105,3 @@ def is_streamable(parameter: torch.Tensor) -> bool:
 def unit_bytes_for(largest_part_bytes: int) -> int:
     """The size of a unit, by the bytes of the largest component."""
     return max(1, min(UNIT_BYTES, largest_part_bytes // UNIT_SHARE))
-
-
-def entries(name: str, module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a component that are entered from outside."""
-    if anatomy.role(name) is not Role.VAE:
-        yield module
-        return
-    yield from (m for n, m in module.named_children() if n in ("encoder", "decoder"))

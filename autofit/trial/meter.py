@@ -110,7 +110,7 @@ class Meter:
             step = self._wrapped_step(scheduler.step, on_step)
             stack.enter_context(anatomy.attribute(scheduler, "step", step))
             if vae is not None:
-                decode = self._wrapped_decode(vae.decode)
+                decode = self._wrapped_decode(vae, vae.decode)
                 stack.enter_context(anatomy.attribute(vae, "decode", decode))
             self._reset_peak()
             refused = self._refused()
@@ -137,13 +137,30 @@ class Meter:
 
         return wrapped
 
-    def _wrapped_decode(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapped_decode(self, vae: Any, decode: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(decode)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._close_phase(Phase.DECODE)
-            return decode(*args, **kwargs)
+            with self._after_loan(vae):
+                return decode(*args, **kwargs)
 
         return wrapped
+
+    @contextmanager
+    def _after_loan(self, vae: Any) -> Iterator[None]:
+        """Count the decode from the end of its first layer, which works on latents: until it was
+        entered, what the denoiser borrowed of its memory is there."""
+
+        def after_first(*_: Any) -> None:
+            handles.close()
+            self._close_phase(Phase.DECODE)
+
+        with ExitStack() as handles:
+            for entry in anatomy.entries("vae", vae):
+                for layer in entry.modules():
+                    if not any(layer.children()):
+                        handles.callback(layer.register_forward_hook(after_first).remove)
+            yield
 
     def _close_phase(self, following: Phase) -> None:
         live_bytes, reserved_bytes = self._peaks()
