@@ -110,7 +110,7 @@ def tried(attempt: Attempt) -> dict[str, Any]:
     outcome = attempt.outcome
     if isinstance(outcome, Failure):
         return {"plan": attempt.plan.label, "phase": outcome.phase, "error": outcome.detail}
-    keys = ("image_s", "decode_s", "warmup_s", "peak_bytes", "starved")
+    keys = ("image_s", "step_s", "decode_s", "warmup_s", "peak_bytes", "starved")
     return {"plan": attempt.plan.label} | {key: getattr(outcome, key) for key in keys}
 
 
