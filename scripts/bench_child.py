@@ -81,14 +81,17 @@ def answer(pipe: Any, spec: dict[str, Any], send: Callable[[dict[str, Any]], Non
     cap_bytes = spec["budget_bytes"]
     run = Run(spec, pipeline, device, outside, (cap_bytes or device.total_bytes) - aside_bytes)
     stages.end("pipe")
-    with capped(outside, cap_bytes, aside_bytes):
+    with capped(outside, cap_bytes, aside_bytes) as renew_cap:
         with reporting(run):
-            found, generations = measured(pipe, run, stages)
+            found, generations = measured(pipe, run, stages, renew_cap)
         send(found | judged(run, generations))
 
 
-def measured(pipe: Any, run: Run, stages: Stages) -> tuple[dict[str, Any], list[Generation]]:
-    """Prepare, warm up, and make the images twice, in full."""
+def measured(
+    pipe: Any, run: Run, stages: Stages, renew_cap: Callable[[], None]
+) -> tuple[dict[str, Any], list[Generation]]:
+    """Prepare, warm up, and make the images twice, in full; the cap less the libraries that were
+    loaded by then."""
     found = CONTENDERS[run.spec["contender"]](pipe, run)
     stages.end("prepare")
     if run.outside.device.type == "cpu":
@@ -96,6 +99,7 @@ def measured(pipe: Any, run: Run, stages: Stages) -> tuple[dict[str, Any], list[
     with tracked(pipe, run.outside.device, run.spec["budget_bytes"]) as tracker:
         warm = generation(pipe, run, WARMUP_STEPS, tracker)
     generation(pipe, run, WARMUP_AGAIN_STEPS)
+    renew_cap()
     stages.end("warmup")
     runs = [generation(pipe, run, run.workload.steps) for _ in range(2)]
     stages.end("runs")

@@ -34,6 +34,9 @@ from autofit.units import GIB, MIB, parse_pixels
 
 # What the peers that are told bytes leave free for the allocator's fragments, at each try.
 SLACKS_BYTES = (GIB // 4, GIB, 2 * GIB)
+# Over how many images autofit spreads the time to set up: as the CLI does; or, where blocks may be
+# compiled, as one who makes many.
+IMAGES = {"exact": 20, "numeric": 1000}
 OFFLOAD_TILE_PX = 512  # under model offload the VAE decodes alone: a tile is all that it holds
 UNET_UNITS = [
     f"{part}.{inside}"
@@ -99,6 +102,7 @@ def autofit_within(pipe: Any, run: Run, fidelity: str) -> dict[str, Any]:
     return {
         "plan": profile.plan.label,
         "planned": planned is not None,
+        "images": IMAGES[fidelity],
         "trials": [tried(a) for a in planned.attempts] if planned else [],
         "resident_bytes": placement.resident_bytes(facts, Phase.STEP),
         "streamed_bytes": moved.pinned_bytes + moved.pageable_bytes,
@@ -117,7 +121,7 @@ def tried(attempt: Attempt) -> dict[str, Any]:
 def searched(pipe: Any, run: Run, fidelity: str) -> Planned:
     spec, size = run.spec, (run.workload.width, run.workload.height)
     goal = Goal(spec["budget_bytes"], size, spec["batch"], spec["steps"], fidelity=fidelity)
-    effort = Effort(timeout_s=spec["search_s"], fresh=True)
+    effort = Effort(timeout_s=spec["search_s"], images=IMAGES[fidelity], fresh=True)
     foresight = Foresight(spec["model"], goal, run.target, spec["dtype"])
     own_caps = capped(run.outside, run.device.total_bytes, 0)  # it caps its trials itself
     with own_caps, session.measuring(pipe, run.target) as measurer:
@@ -127,6 +131,12 @@ def searched(pipe: Any, run: Run, fidelity: str) -> Planned:
 def resident(pipe: Any, run: Run) -> dict[str, Any]:
     pipe.to(run.target)
     return {"plan": 'pipe.to("cuda")'}
+
+
+def vae_slicing(pipe: Any, run: Run) -> dict[str, Any]:
+    pipe.to(run.target)
+    pipe.enable_vae_slicing()
+    return {"plan": 'pipe.to("cuda"), enable_vae_slicing()'}
 
 
 def model_offload(pipe: Any, run: Run) -> dict[str, Any]:
@@ -234,6 +244,7 @@ CONTENDERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "autofit": lambda pipe, run: autofit_within(pipe, run, "exact"),
     "autofit-numeric": lambda pipe, run: autofit_within(pipe, run, "numeric"),
     "diffusers-resident": resident,
+    "diffusers-vae-slicing": vae_slicing,
     "diffusers-model-offload": model_offload,
     "diffusers-group-leaf": lambda pipe, run: group_offload(pipe, run, "leaf_level"),
     "diffusers-group-block": lambda pipe, run: group_offload(pipe, run, "block_level"),

@@ -42,12 +42,13 @@ ENVIRONMENT = {
 }
 FLOOR = "floor"
 ON_CPU = ("autofit", "autofit-numeric", "diffusers-model-offload", "diffusers-resident")
-CONTENDERS = (*ON_CPU, "diffusers-group-leaf", "diffusers-group-block", "flextensor", "mmgp",
-              "diffusers-mm")  # fmt: skip
+CONTENDERS = (*ON_CPU, "diffusers-vae-slicing", "diffusers-group-leaf", "diffusers-group-block",
+              "flextensor", "mmgp", "diffusers-mm")  # fmt: skip
 TRIES = {"flextensor": 3, "mmgp": 3}  # they are told bytes: fewer, where they went over
 # What a contender holds on the card at one time: it cannot run where that is over the budget.
 HOLDS = {
     "diffusers-resident": ("encoder", "denoiser", "vae"),
+    "diffusers-vae-slicing": ("encoder", "denoiser", "vae"),
     "diffusers-model-offload": ("denoiser",),
 }
 # The VAE's tile, the same for all contenders: SDXL's decodes in float32, 4.8 GiB in one piece.
