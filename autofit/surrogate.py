@@ -37,7 +37,7 @@ HOPE = 0.25  # by how much a choice never seen, or compute never waited for, may
 BUS_BOUND = 1.1  # a phase that takes up to this times its transfers waited for them, not compute
 # Up to this it may have: layers that compute long and have few weights leave the bus idle. On an
 # H100 steps of SDXL, captured in a graph, took 1.16 times their transfers with 1.5 GB of weights.
-MAY_BE_BUS_BOUND = 1.25
+MAY_BE_BUS_BOUND = 1.4
 
 
 class Surrogate:

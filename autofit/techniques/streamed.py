@@ -21,9 +21,6 @@ from autofit.spec import (
 )
 from autofit.techniques.placement import NOWHERE, ROLES, as_run, runs, total_bytes
 
-# Of the weights on the device, about this share is the arena in which the others arrive. By the
-# schedules found for SDXL and FLUX; each pipe's own is found when it runs.
-ARENA_SHARE = 0.08
 # Two units: one that runs, one that arrives. The largest unit is the largest layer.
 LEAST_UNITS = 2
 # Biases, norms and buffers stay on the device, and what is placed is aligned.
@@ -146,8 +143,9 @@ class Streamed(Placement):
         """What of the denoiser streams: what does not fit, and what gives way to the arena."""
         if short_bytes <= 0:
             return 0
-        largest_bytes = pipeline.denoiser.largest_leaf_bytes
-        arena_bytes = min(int(ARENA_SHARE * room_bytes), largest_bytes + 2 * short_bytes)
+        # The arena is the smallest that holds any layer of the pipe, by the schedules found for SDXL
+        # and FLUX at every room: larger ones leave more to stream. Each pipe's is found as it runs.
+        arena_bytes = min(room_bytes, max(c.largest_leaf_bytes for c in pipeline.components))
         return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
 
     @property
