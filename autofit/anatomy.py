@@ -65,6 +65,18 @@ def upcasts(pipe: Any) -> bool:
     return asks and call_says(pipe, "force_upcast")
 
 
+def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Weights that ``from_pretrained`` leaves in float32: those that diffusers lists for both half
+    precisions, those of transformers' plain list (which alone has a strict one) for float16."""
+    listed: Any = getattr(module, "_keep_in_fp32_modules", None) or ()
+    strict: Any = getattr(module, "_keep_in_fp32_modules_strict", None)
+    if strict is not None and dtype != torch.float16:
+        listed = ()
+    parts = {*listed, *(strict or ())}
+    names = module.state_dict(keep_vars=True)
+    return {n for n in names if any(f".{part}." in f".{n}." for part in parts)}
+
+
 def call_says(pipe: Any, text: str) -> bool:
     """Whether the source of the pipeline's call has this text: what it does, it says nowhere."""
     return text in inspect.getsource(type(pipe).__call__)

@@ -111,6 +111,8 @@ class Forecaster:
             p: plan.placement.resident_bytes(facts, p) + _taken_bytes(p, f)
             for p, f in phases.items()
         }
+        for phase in phases:
+            phase_bytes[phase] += plan.placement.apart_bytes(facts, phase)
         if plan.placement.borrows:  # what the decode takes stays taken
             left_bytes = _taken_bytes(Phase.DECODE, phases[Phase.DECODE])
             phase_bytes[Phase.ENCODE] += left_bytes
@@ -118,7 +120,7 @@ class Forecaster:
             phase_bytes[Phase.STEP] += max(0, left_bytes)
         phase_s = {p: self._seconds(plan, facts, p, f) for p, f in phases.items()}
         image_s = cost.image_s(phase_s, self._workload.steps)
-        peak_bytes = max(phase_bytes.values()) + self._beside_bytes()
+        peak_bytes = max(phase_bytes.values()) + self._beside_bytes(plan)
         return Prediction(peak_bytes, image_s, phase_s, phase_bytes)
 
     def best(self, budget_bytes: int) -> Forecast | None:
@@ -144,7 +146,7 @@ class Forecaster:
             {p: roofline.seconds(f, self._device) for p, f in phases.items()},
             denoiser_bytes=facts.denoiser.weight_bytes,
             encoder_bytes=sum(c.weight_bytes for c in facts.of_role(Role.ENCODER)),
-            room_bytes=budget_bytes - self._beside_bytes() - activation_bytes,
+            room_bytes=budget_bytes - self._beside_bytes(plan) - activation_bytes,
             bus_bytes_s=self._device.pinned_bytes_s,
         )
         return cost.image_s(limit.phase_s, self._workload.steps)
@@ -155,8 +157,9 @@ class Forecaster:
             self._known[key] = self._dry.phases(self._workload, key)
         return self._known[key]
 
-    def _beside_bytes(self) -> int:
-        return cost.outside_bytes(self._device) + roofline.blas_bytes(self._device)
+    def _beside_bytes(self, plan: Plan) -> int:
+        outside_bytes = cost.outside_bytes(self._device, plan.placement)
+        return outside_bytes + roofline.blas_bytes(self._device)
 
     def _completed(self, opened: Plan, budget_bytes: int) -> Plan | None:
         """An open plan gets what the budget leaves beside its activations."""

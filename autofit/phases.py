@@ -44,6 +44,7 @@ class PhaseTable:
         at = [(plans[n], facts[n]) for n in first]
         self.stays = np.array([cost.stays(p, f, workload, phase) for p, f in at])
         self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
+        self.apart_bytes = np.array([p.placement.apart_bytes(f, phase) for p, f in at], dtype=float)
         times = [
             (cost.compute_s if p.placement.is_open else cost.seconds)(
                 p, f, device, workload, phase, basis
@@ -68,9 +69,10 @@ class PhaseTable:
         self.refused |= alike & (left_bytes >= left_bytes[number])
 
     def live_bytes(self, fragmentation: Floats | float) -> Floats:
-        """Of every plan, less what stays of other phases."""
+        """Of every plan, less what stays of other phases; with what is kept apart."""
         activations: Floats = self.activations.values()[self.index]
-        return self.weight_bytes[self.index] + fragmentation * activations
+        held_bytes: Floats = (self.weight_bytes + self.apart_bytes)[self.index]
+        return held_bytes + fragmentation * activations
 
     def staying_bytes(self) -> Floats:
         """Activations that stay taken in the other phases, of every plan."""

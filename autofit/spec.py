@@ -148,6 +148,14 @@ class Component:
     convolutional: bool = False
     leaves: int = 0  # modules with weights of their own: what leaf-level offload hooks
     mapped_bytes: int = 0  # of its weights, what lies in mapped files: the host may forget it
+    kept_bytes: int = 0  # of its weights in float32, what a cast to float16 leaves so
+    neighbours_bytes: int = 0  # the most that two blocks hold that run one after the other
+
+    @property
+    def largest_blocks_bytes(self) -> int:
+        """The most of its block lists that block-level offload holds: two blocks."""
+        twice_bytes = 2 * max((b.largest_bytes for b in self.blocks), default=0)
+        return self.neighbours_bytes or twice_bytes  # in facts of before it was read
 
     @property
     def largest_block_bytes(self) -> int:
@@ -155,7 +163,7 @@ class Component:
         if not self.blocks:
             return self.weight_bytes
         outside = self.weight_bytes - sum(b.total_bytes for b in self.blocks)
-        return outside + 2 * max(b.largest_bytes for b in self.blocks)
+        return outside + self.largest_blocks_bytes
 
 
 @dataclass(frozen=True)
@@ -371,6 +379,16 @@ class Placement(Technique):
     @abstractmethod
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """Weight bytes moved in one run of this phase."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether weights come and go while an image is made."""
+        return True
+
+    def apart_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
+        """Device memory beside ``resident_bytes`` that activations cannot have in this phase:
+        torch's allocator keeps what copies were made into for the stream that made them."""
+        return 0
 
     def copied_bytes(self, pipeline: Pipeline) -> int:
         """Weight bytes that are in host memory twice: the originals, held for the undo, and those

@@ -200,13 +200,15 @@ class Surrogate:
         self._outside_bytes = max(float(outcome.non_torch_bytes), self._outside_bytes)
         # The allocator does not count as live what stays: nobody may have it, but it is free.
         left = {p: float(self._left_bytes(p)[number]) for p in Phase}
-        highest = max(Phase, key=lambda p: outcome.phase_peak_bytes.get(p.value, 0) + left[p])
+        apart = {p: float(t.apart_bytes[t.index[number]]) for p, t in self.tables.items()}
+        peaks = outcome.phase_peak_bytes
+        highest = max(Phase, key=lambda p: peaks.get(p.value, 0) + apart[p] + left[p])
         if plan.placement.borrows:
             highest = Phase.STEP  # which leaves the decode what was borrowed, or as much as it took
         table = self.tables[highest]
         used_bytes = float(table.activations.values()[table.index[number]])
         reserved_bytes = outcome.peak_bytes - outcome.non_torch_bytes
-        held_bytes = outcome.phase_peak_bytes.get(highest.value, 0) - used_bytes
+        held_bytes = peaks.get(highest.value, 0) + apart[highest] - used_bytes
         fragments = (reserved_bytes - held_bytes) / used_bytes
         borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])
         if fragments * left[highest] > borrowed_bytes:
@@ -226,6 +228,7 @@ class Surrogate:
             table = self.tables[phase]
             row = table.index[number]
             weight_bytes = cost.weight_bytes(plan, self._facts[number], phase)
+            weight_bytes += int(table.apart_bytes[row])
             left_bytes = self._left_bytes(phase)
             if phase is Phase.STEP:
                 borrowed_bytes = cost.borrowed_bytes(plan.placement, self._facts[number])

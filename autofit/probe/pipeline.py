@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,7 @@ def _adapters(pipe: Any) -> tuple[str, ...]:
 
 def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) -> Component:
     blocks = tuple(_block_lists(module))
+    sizes = [_bytes(block.modules()) for _, found in _listed(module) for block in found]
     return Component(
         name=name,
         cls=type(module).__name__,
@@ -103,13 +105,21 @@ def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) 
         weight_bytes=_bytes(module.modules()),
         largest_leaf_bytes=max(_bytes([m]) for m in module.modules()),
         blocks=blocks,
+        neighbours_bytes=max(map(sum, pairwise(sizes)), default=sum(sizes)),
         groups=getattr(module, "_supports_group_offloading", True),
         convolutional=any(
             isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in module.modules()
         ),
         leaves=sum(_bytes([m]) > 0 for m in module.modules()),
         mapped_bytes=_mapped_bytes(module, ranges),
+        kept_bytes=_kept_bytes(module),
     )
+
+
+def _kept_bytes(module: nn.Module) -> int:
+    kept = anatomy.kept_in_float32(module, torch.float16)
+    weights = module.state_dict(keep_vars=True)
+    return sum(weights[name].nbytes for name in kept if weights[name].dtype is torch.float32)
 
 
 def _mapped_bytes(module: nn.Module, ranges: Sequence[tuple[int, int]]) -> int:
@@ -152,10 +162,15 @@ def _dtype(module: nn.Module) -> str:
 
 def _block_lists(module: nn.Module) -> Iterable[BlockList]:
     """The ModuleLists that diffusers' block-level offload walks: direct children of the module."""
+    for path, blocks in _listed(module):
+        sizes = [_bytes(block.modules()) for block in blocks]
+        yield BlockList(path, len(sizes), max(sizes), sum(sizes))
+
+
+def _listed(module: nn.Module) -> Iterable[tuple[str, nn.ModuleList | nn.Sequential]]:
     for path, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child):
-            sizes = [_bytes(block.modules()) for block in child]
-            yield BlockList(path, len(sizes), max(sizes), sum(sizes))
+            yield path, child
 
 
 def _patch(denoiser: nn.Module, vae: Any | None) -> int:

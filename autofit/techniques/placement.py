@@ -52,8 +52,16 @@ class Resident(Placement):
     def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
         return as_run(pipeline, phase).weight_bytes
 
+    @property
+    def moves(self) -> bool:
+        return False
+
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         return Traffic()
+
+
+# 0.1 (SD 1.5) and 0.3 (SDXL, batches of 4) where steps take most, in tests/golden/points.jsonl.
+PIECES_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,11 @@ class ModelOffload(Placement):
         # With a negative prompt the first encoder comes back while the last is still there.
         both = phase is Phase.ENCODE and pipeline.default_passes > 1
         return total_bytes(others) + (sum(sizes) if both else max(sizes, default=0))
+
+    def apart_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
+        """Of the encoders' memory, what the denoiser's weights leave in pieces too small."""
+        encoder_bytes = total_bytes(pipeline.of_role(Role.ENCODER))
+        return int(PIECES_SHARE * encoder_bytes) if phase is Phase.STEP else 0
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """The denoiser moves once an image: to the device at the end of ENCODE, back in DECODE."""

@@ -81,6 +81,7 @@ def _halved(component: Component, dtype: str) -> Component:
     def cast(size_bytes: int) -> int:
         return size_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES["float32"]
 
+    kept_bytes = component.kept_bytes if dtype == "float16" else 0
     blocks = tuple(
         replace(b, largest_bytes=cast(b.largest_bytes), total_bytes=cast(b.total_bytes))
         for b in component.blocks
@@ -88,7 +89,8 @@ def _halved(component: Component, dtype: str) -> Component:
     return replace(
         component,
         dtype=dtype,
-        weight_bytes=cast(component.weight_bytes),
+        weight_bytes=cast(component.weight_bytes - kept_bytes) + kept_bytes,
+        neighbours_bytes=cast(component.neighbours_bytes),
         largest_leaf_bytes=cast(component.largest_leaf_bytes),
         blocks=blocks,
         mapped_bytes=0,
@@ -96,18 +98,7 @@ def _halved(component: Component, dtype: str) -> Component:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    keep = _kept_in_float32(module, dtype)
+    kept = anatomy.kept_in_float32(module, dtype)
     for name, tensor in module.state_dict(keep_vars=True).items():
-        kept = any(f".{k}." in f".{name}." for k in keep)
-        if tensor.dtype == torch.float32 and not kept:
+        if tensor.dtype == torch.float32 and name not in kept:
             tensor.data = tensor.data.to(dtype)
-
-
-def _kept_in_float32(module: nn.Module, dtype: torch.dtype) -> set[str]:
-    """Names that ``from_pretrained`` leaves in float32: in diffusers for both half precisions, in
-    transformers (which alone has a strict list) the plain list for float16 only."""
-    keep: Any = getattr(module, "_keep_in_fp32_modules", None) or ()
-    strict: Any = getattr(module, "_keep_in_fp32_modules_strict", None)
-    if strict is not None and dtype != torch.float16:
-        keep = ()
-    return {*keep, *(strict or ())}

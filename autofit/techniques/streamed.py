@@ -143,8 +143,8 @@ class Streamed(Placement):
         """What of the denoiser streams: what does not fit, and what gives way to the arena."""
         if short_bytes <= 0:
             return 0
-        # The arena is the smallest that holds any layer of the pipe, by the schedules found for SDXL
-        # and FLUX at every room: larger ones leave more to stream. Each pipe's is found as it runs.
+        # The arena is the smallest that holds any layer of the pipe, by the schedules found for
+        # SDXL and FLUX: larger ones leave more to stream. Each pipe's is found as it runs.
         arena_bytes = min(room_bytes, max(c.largest_leaf_bytes for c in pipeline.components))
         return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
 

@@ -1,0 +1,81 @@
+"""Predictions against what an H100 measured: scripts/record_points.py made golden/points.jsonl."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autofit import cost
+from autofit.dryrun import DryRun
+from autofit.forecast import Forecaster
+from autofit.plain import plain
+from autofit.spec import Device, Pipeline, Plan
+
+HERE = Path(__file__).parent
+POINTS = HERE / "golden" / "points.jsonl"
+sys.path.insert(0, str(HERE.parent / "scripts"))
+record: Any = importlib.import_module("record_points")
+sys.path.remove(str(HERE.parent / "scripts"))
+CASES = {case.name: case for case in record.CASES}
+
+
+@cache
+def dry(model: str) -> DryRun:
+    return DryRun(model)
+
+
+def predicted(models: set[str]) -> Iterator[dict[str, Any]]:
+    """The lines of these models, with what is predicted now: the device's facts are as probed."""
+    for line in map(json.loads, POINTS.read_text("utf-8").splitlines()):
+        case = CASES[line["case"]]
+        if case.model not in models:
+            continue
+        found = dry(case.model)
+        workload = record.workload_of(case, found.pipeline)
+        plan = planned(case, line["point"].split("/")[1], found.pipeline)
+        told = line["device"]
+        told |= {"kernels": (), "capability": tuple(told["capability"])}
+        device = Device(**told)
+        card = record.listed(device)
+        assert card is not None
+        for key, of in (("predicted", device), ("predicted_dry", card)):
+            line[key] = plain(Forecaster(found, found.pipeline, of, workload).predict(plan))
+        print(f"{line['point']:32} {record.errors(line)}")
+        yield line
+
+
+def planned(case: Any, place: str, pipeline: Pipeline) -> Plan:
+    placement, share = record.PLACEMENTS[place]
+    plan = Plan((*case.before, placement))
+    if not placement.is_open:
+        return plan
+    facts = plan.facts(pipeline)
+    least_bytes = cost.held_bytes(placement, facts)
+    room_bytes = least_bytes + int(share * (facts.weight_bytes - least_bytes))
+    fitted = placement.fitted(facts, room_bytes)
+    assert fitted is not None
+    return cost.placed(plan, fitted)
+
+
+@pytest.mark.slow
+def test_predictions_are_as_near_as_promised() -> None:
+    lines = list(predicted({case.model for case in record.CASES}))
+    assert len(lines) >= 60
+    for text, is_met in record.bars(lines):
+        assert is_met, text
+
+
+def test_peaks_are_of_every_placement() -> None:
+    lines = [line for line in predicted({"sd15"}) if line["case"] == "sd15-512x512"]
+    assert {line["point"].split("/")[1] for line in lines} == set(record.PLACEMENTS)
+    for line in lines:
+        error = record.peak_error(line)
+        assert error is not None
+        assert -record.PEAK_UNDER <= error <= 0.08, line["point"]
