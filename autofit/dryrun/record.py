@@ -26,7 +26,6 @@ _FREE = {
 }  # fmt: skip
 # These read the rows asked for, not the table that they look them up in.
 _LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
-MANY_IMAGES = 4
 _TWICE = {aten.native_group_norm}  # reads its input for the moments, and again
 
 
@@ -98,8 +97,8 @@ class Recorder(HostTracker):
         self.add(Key(packet.__name__, dtype, int(flops), read + written))
         if packet is aten.convolution:
             # cuDNN computes in channels-last: it copies what it reads, and what it has written;
-            # of four images or more, so it seems, not all at once (tests/golden/points.jsonl).
-            copied = written if len(inputs[0]) < MANY_IMAGES else written // 2
+            # of several images, so it seems, not all at once (tests/golden/points.jsonl).
+            copied = written if len(inputs[0]) == 1 else written // 2
             work_bytes = moved_bytes(inputs[:1]) + copied
             self.work_peak_bytes = max(self.work_peak_bytes, self.live_bytes + work_bytes)
             self.add(Key("layout", dtype, 0, 2 * work_bytes))
