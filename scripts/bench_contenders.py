@@ -135,8 +135,8 @@ def resident(pipe: Any, run: Run) -> dict[str, Any]:
 
 def vae_slicing(pipe: Any, run: Run) -> dict[str, Any]:
     pipe.to(run.target)
-    pipe.enable_vae_slicing()
-    return {"plan": 'pipe.to("cuda"), enable_vae_slicing()'}
+    pipe.vae.enable_slicing()
+    return {"plan": 'pipe.to("cuda"), vae.enable_slicing()'}
 
 
 def model_offload(pipe: Any, run: Run) -> dict[str, Any]:
