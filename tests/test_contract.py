@@ -26,7 +26,7 @@ from autofit.techniques.feed_forward import ChunkedFeedForward
 from autofit.techniques.placement import Resident
 from autofit.trial import generate
 
-STEPS, IMAGES, SIDE_PX, WIDE_PX = 2, 2, 64, 96
+STEPS, IMAGES, SIDE_PX, WIDE_PX = 2, 3, 64, 96
 WORKLOAD = Workload(SIDE_PX, SIDE_PX, STEPS, batch=IMAGES, passes=2)
 CLOSE_DB = 30.0
 # FLUX rounds its timestep to the denoiser's dtype, and random weights amplify that. Pictures that

@@ -14,19 +14,23 @@ from diffusers import (
     AutoencoderKLWan,
     AutoencoderTiny,
 )
+from diffusers.models.autoencoders.vae import DecoderOutput
 from samples import device
+from torch import nn
 
 from autofit.architectures import build
+from autofit.plain import plain
 from autofit.probe.pipeline import facts
-from autofit.spec import BadInput, Phase, Pipeline, Workload
+from autofit.spec import BadInput, Effect, Phase, Pipeline, Technique, Workload
 from autofit.techniques import KINDS
 from autofit.techniques.decode import DECODES, SlicedVae, TiledVae
 from autofit.trial import generate
+from autofit.trial.meter import HostTracker
 
 
-def kl() -> Any:
+def kl(width: int = 8) -> Any:
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=(width,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=4,
@@ -125,6 +129,103 @@ def test_slices_of_a_batch_are_the_batch(pipe: Any) -> None:
     torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("batch", "images", "slices"),
+    [(4, 2, [2, 2]), (5, 2, [2, 2, 1]), (5, 4, [4, 1]), (4, 4, [4]), (3, 8, [3])],
+)
+def test_slices_of_several_images_are_the_batch(
+    pipe: Any, batch: int, images: int, slices: list[int]
+) -> None:
+    latents = _images(pipe, batch, 4, 8, 8)
+    whole, _ = _decoded(pipe, latents)
+    pipe.vae.enable_slicing()  # by its owner: what is asked for here comes before
+    with SlicedVae(images).applied(pipe, "cpu"):
+        sliced, calls = _decoded(pipe, latents)
+        assert pipe.vae.use_slicing is True
+    assert [shape[0] for shape in calls] == slices
+    torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_return_what_decode_does(pipe: Any) -> None:
+    latents, generator = _images(pipe, 3, 4, 8, 8), torch.Generator()
+    options = {"generator": generator} if isinstance(pipe.vae, AutoencoderKL) else {}
+    with torch.no_grad(), SlicedVae(2).applied(pipe, "cpu"):
+        image = pipe.vae.decode(latents, **options).sample
+        for out in (
+            pipe.vae.decode(latents, return_dict=False, **options),
+            pipe.vae.decode(latents, False),
+            pipe.vae.decode(z=latents, return_dict=False),
+        ):
+            assert type(out) is tuple
+            assert len(out) == 1
+            assert torch.equal(out[0], image)
+    assert type(pipe.vae.decode(latents)) is DecoderOutput
+
+
+def test_what_belongs_to_an_image_is_cut_with_it_and_all_else_is_passed_on() -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def decode(z: torch.Tensor, step: torch.Tensor, *, mask: Any, generator: Any) -> Any:
+        asked.append((step.tolist(), mask.shape, generator))
+        return (z * 2,)
+
+    vae = nn.Module()
+    vae.use_slicing, vae.decode = False, decode
+    z, one, mask = torch.randn(3, 4), torch.tensor([7]), torch.zeros(3, 2, 2)
+    with SlicedVae(2).applied(SimpleNamespace(components={"vae": vae}), "cpu"):
+        (image,) = vae.decode(z, one, mask=mask, generator="any")
+    assert asked == [([7], (2, 2, 2), "any"), ([7], (1, 2, 2), "any")]
+    assert torch.equal(image, z * 2)
+    assert vae.decode is decode
+
+
+def test_fewer_images_at_once_hold_less() -> None:
+    pipe = SimpleNamespace(components={"vae": (vae := kl(32).eval())}, vae=vae)
+    latents, peak_bytes = _images(pipe, 10, 4, 8, 8), []
+    image_bytes = 10 * 3 * 64 * 64 * 4
+    for technique in (SlicedVae(1), SlicedVae(2), SlicedVae(4), SlicedVae(8), SlicedVae(16)):
+        with technique.applied(pipe, "cpu"), torch.no_grad(), HostTracker(None) as tracker:
+            vae.decode(latents)
+        peak_bytes.append(tracker.peak_bytes)
+    one, two, four, eight, whole = peak_bytes
+    assert one < two < four < eight < whole
+    assert (two, four) == pytest.approx(
+        tuple(image_bytes + whole * images / 10 for images in (2, 4)), rel=0.02
+    )
+
+
+def test_slices_of_a_vae_that_the_pipeline_casts(pipes: Pipes) -> None:
+    """SDXL's, from float16 to float32 and back, around its call of decode."""
+    found, asked = pipes["tiny-sdxl"], Workload(64, 64, 2, batch=3)
+    with torch.no_grad(), KINDS["half_precision"]("float16").applied(found, "cpu"):
+        whole = generate(found, asked, 2)
+        with SlicedVae(2).applied(found, "cpu"):
+            sliced, calls = _called(found, asked)
+    assert calls == [(2, torch.float32), (1, torch.float32)]
+    assert abs(sliced - whole).max() < 1e-3
+
+
+def _called(pipe: Any, asked: Workload) -> tuple[Any, list[tuple[int, torch.dtype]]]:
+    """The images, and what the decoder was called with."""
+    calls: list[tuple[int, torch.dtype]] = []
+    hook = pipe.vae.decoder.register_forward_pre_hook(
+        lambda _, args: calls.append((args[0].shape[0], args[0].dtype))
+    )
+    images = generate(pipe, asked, 2)
+    hook.remove()
+    return images, calls
+
+
+def test_slices_with_streamed_weights_are_those_with_resident_ones(pipes: Pipes) -> None:
+    found, asked, slices = pipes["tiny-sd"], Workload(64, 64, 2, batch=3), SlicedVae(2)
+    with torch.no_grad(), slices.applied(found, "cpu"):
+        resident = generate(found, asked, 2)
+        with KINDS["streamed"]().applied(found, "cpu"):
+            for _ in range(3):  # recorded, timed, streamed
+                streamed = generate(found, asked, 2)
+    assert (resident == streamed).all()
+
+
 def test_tiles_of_slices(pipe: Any) -> None:
     with TiledVae(64, 0.25, sliced=True).applied(pipe, "cpu"):
         _, calls = _decoded(pipe, _images(pipe, 2, 4, 12, 8))
@@ -166,12 +267,20 @@ def test_tiles_of_a_vae_that_returns_bare_tensors() -> None:
     assert len(calls) == 3 * 2
 
 
-def test_hooks_of_offload_fire_once_an_image(pipe: Any) -> None:
+@pytest.mark.parametrize(
+    ("technique", "shape"),
+    [(TiledVae(64, 0.25), (1, 4, 24, 18)), (SlicedVae(2), (5, 4, 8, 8))],
+    ids=lambda x: getattr(x, "label", ""),
+)
+def test_hooks_of_offload_fire_once_a_decode(
+    pipe: Any, technique: Technique, shape: tuple[int, int, int, int]
+) -> None:
     fired: list[Any] = []
-    pipe.vae._hf_hook = SimpleNamespace(pre_forward=fired.append)
-    with TiledVae(64, 0.25).applied(pipe, "cpu"):
-        _decoded(pipe, _images(pipe, 1, 4, 24, 18))
+    pipe.vae._hf_hook = hook = SimpleNamespace(pre_forward=fired.append)
+    with technique.applied(pipe, "cpu"):
+        _decoded(pipe, _images(pipe, *shape))
     assert fired == [pipe.vae]
+    assert pipe.vae._hf_hook is hook
 
 
 def test_tiles_of_streamed_weights_are_those_of_resident_ones(pipes: Pipes) -> None:
@@ -243,6 +352,24 @@ def test_why_not_and_why_pointless(pipeline: Pipeline) -> None:
     assert both.why_pointless(pipeline, device(), one) == "a batch of 1 is one slice"
     assert slices.why_pointless(pipeline, device(), one) == "a batch of 1 is one slice"
     assert slices.why_pointless(pipeline, device(), two) is None
+    for images, reason in ((1, None), (2, "a batch of 2 is one slice")):
+        assert SlicedVae(images).why_pointless(pipeline, device(), two) == reason
+    assert SlicedVae(4).why_pointless(pipeline, device(), two) == "a batch of 2 is one slice"
+    assert SlicedVae(4).why_not(bare, device(), two) is not None
+
+
+@pytest.mark.parametrize("images", [0, -1])
+def test_slices_of_no_image(images: int) -> None:
+    with pytest.raises(BadInput, match="a slice has at least one"):
+        SlicedVae(images)
+
+
+def test_slices_of_one_image_are_named_as_before_they_had_a_size() -> None:
+    labels = [t.label for t in DECODES if isinstance(t, SlicedVae)]
+    sizes = [f"sliced_vae(images={n})" for n in (2, 4, 8)]
+    assert labels == ["sliced_vae", *sizes]
+    assert plain(SlicedVae(1)) == {"technique": "sliced_vae"}
+    assert plain(SlicedVae(2)) == {"technique": "sliced_vae", "images": 2}
 
 
 def test_hopes(pipeline: Pipeline) -> None:
@@ -254,6 +381,22 @@ def test_hopes(pipeline: Pipeline) -> None:
     assert both.activations == tiled.activations / 2
     assert 0.9 <= thin.seconds < tiled.seconds
     assert SlicedVae().effects(pipeline, workload)[Phase.DECODE].activations == 1 / 2
+
+
+def test_hopes_for_slices(pipeline: Pipeline) -> None:
+    """Small decodes are bound by their launches."""
+
+    def hopes(side_px: int, batch: int) -> list[Effect]:
+        workload = Workload(side_px, side_px, 4, batch=batch)
+        sizes = (1, 2, 4, 8)
+        return [SlicedVae(n).effects(pipeline, workload)[Phase.DECODE] for n in sizes]
+
+    small, large, few = hopes(512, 32), hopes(1024, 32), hopes(512, 3)
+    assert [e.activations for e in small] == [1 / 32, 1 / 16, 1 / 8, 1 / 4]
+    assert [e.activations for e in few] == [1 / 3, 2 / 3, 1, 1]
+    assert small[0].seconds == pytest.approx(0.026 / 0.016, rel=0.01)
+    assert [e.seconds for e in small[1:]] == [1 + 0.05 / n for n in (2, 4, 8)]
+    assert large[0].seconds == 1.05
 
 
 def test_a_pipe_without_a_vae() -> None:

@@ -24,10 +24,11 @@ from autofit.trial.meter import Meter, tracked
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SMALL, LARGE = (64, 64, 1), (256, 192, 2)  # width, height, batch
+SMALL, LARGE, MANY = (64, 64, 1), (256, 192, 2), (128, 96, 5)  # width, height, batch
 HALF, BF16 = KINDS["half_precision"]("float16"), KINDS["half_precision"]("bfloat16")
 MATH, TWO = KINDS["sdpa"]("math"), KINDS["two_passes"]()
 SLICED = KINDS["sliced_vae"]()
+PAIRS, FOURS = KINDS["sliced_vae"](2), KINDS["sliced_vae"](4)
 TILED, BOTH = KINDS["tiled_vae"](64, 0.25), KINDS["tiled_vae"](64, 0.25, True)
 # Of the bytes that a real run holds: tokens' masks and a schedule, which fake runs have not.
 ERROR = 0.01
@@ -82,6 +83,15 @@ class TestBytes:
         for phase, true_bytes in held_bytes(pipe, asked, techniques).items():
             assert found[phase].tensor_bytes == pytest.approx(true_bytes, rel=ERROR), phase
 
+    @pytest.mark.parametrize("sliced", [SLICED, PAIRS, FOURS], ids=lambda t: t.label)
+    def test_of_slices_are_those_of_a_true_run(
+        self, sliced: Technique, model: str, pipes: Pipes
+    ) -> None:
+        pipe, asked = pipes[model], workload(model, MANY)
+        found = DryRun(pipe).phases(asked, [sliced])[Phase.DECODE]
+        true_bytes = held_bytes(pipe, asked, (sliced,))[Phase.DECODE]
+        assert found.tensor_bytes == pytest.approx(true_bytes, rel=ERROR)
+
     def test_halve_with_the_dtype(self, model: str, pipes: Pipes) -> None:
         whole = DryRun(pipes[model]).phases(workload(model, LARGE))
         half = DryRun(pipes[model]).phases(workload(model, LARGE), [BF16])
@@ -129,6 +139,26 @@ class TestOperations:
         assert sliced.flops == whole.flops
         assert sliced.launches > whole.launches
         assert sliced.activation_bytes < 0.6 * whole.activation_bytes
+
+    @pytest.mark.parametrize("batch", [2, 3, 4, 5, 8])
+    @pytest.mark.parametrize("sliced", [PAIRS, FOURS], ids=lambda t: t.label)
+    def test_of_slices_are_as_many_as_a_true_sliced_decode_runs(
+        self, sliced: Technique, batch: int, pipes: Pipes, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        pipes["tiny-sd"].vae.use_slicing, asked = True, workload("tiny-sd", (64, 64, batch))
+        try:
+            composed = DryRun(pipes["tiny-sd"]).phases(asked, [sliced])[Phase.DECODE]
+            memo.forget()
+            monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "another"))
+            # Untouched by the composer: all slices run, one by one, under the recorder.
+            monkeypatch.setattr("autofit.dryrun.decode._Decoder.decode", lambda s, z: s._run(z))
+            true = DryRun(pipes["tiny-sd"]).phases(asked, [sliced])[Phase.DECODE]
+        finally:
+            pipes["tiny-sd"].vae.use_slicing = False
+        assert composed.operations == true.operations
+        assert composed.tensor_bytes == pytest.approx(true.tensor_bytes, rel=ERROR)
+        assert composed.activation_bytes == pytest.approx(true.activation_bytes, rel=ERROR)
 
     def test_of_two_passes_are_those_of_one(self, pipes: Pipes) -> None:
         dry, asked = DryRun(pipes["tiny-sd"]), workload("tiny-sd", LARGE)

@@ -137,6 +137,8 @@ def test_what_is_not_said_is_the_model_s_own(pipes: Pipes) -> None:
     [
         (Workload(64, 64, 4), set()),
         (Workload(64, 64, 4, batch=2), {"sliced_vae"}),
+        (Workload(64, 64, 4, batch=5), {"sliced_vae", "sliced_vae(images=2)",
+                                        "sliced_vae(images=4)"}),
         (Workload(512, 512, 4), set()),
         (Workload(576, 64, 4), {"tiled_vae(tile_px=512, overlap=0.125)"}),
         (Workload(576, 64, 4, batch=2), {"sliced_vae",

@@ -138,6 +138,18 @@ def test_every_technique_comes_back_exactly(tmp_path: Path, technique: Any) -> N
     assert store.load(tmp_path / "profile.yaml") == profile
 
 
+def test_slices_written_before_they_had_a_size_are_of_one_image(tmp_path: Path) -> None:
+    profile = samples.profile(plan=Plan((KINDS["sliced_vae"](), samples.RESIDENT)))
+    store.save(profile, path := tmp_path / "profile.yaml")
+    assert "images" not in path.read_text("utf-8")
+    assert store.load(path) == profile
+    old = "- technique: sliced_vae\n"
+    for images in (1, 4):
+        path.write_text(path.read_text("utf-8").replace(old, f"{old}  images: {images}\n"), "utf-8")
+        assert store.load(path).plan == Plan((KINDS["sliced_vae"](images), samples.RESIDENT))
+        store.save(profile, path)
+
+
 @pytest.mark.parametrize(
     "text",
     ["010", "1:30", "0x1f", "1e5", "2026-01-01", "on", "~", "", "a: b", "# a", "2.10", " \n\t"],
@@ -244,6 +256,9 @@ def test_the_schema_has_an_entry_for_every_technique(schema: dict[str, Any]) -> 
     tiled = schema["$defs"][entries["tiled_vae"].rpartition("/")[2]]
     assert set(tiled["properties"]) == {"technique", "tile_px", "overlap", "sliced"}
     assert sorted(tiled["required"]) == ["overlap", "technique", "tile_px"]
+    sliced = schema["$defs"][entries["sliced_vae"].rpartition("/")[2]]
+    assert sliced["properties"]["images"]["default"] == 1
+    assert sliced["required"] == ["technique"]
 
 
 def test_the_schema_requires_what_schema_1_had_and_takes_nothing_unknown(

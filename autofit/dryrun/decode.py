@@ -1,4 +1,4 @@
-"""Facts of a VAE decode: whole, image by image, or put together from its tiles."""
+"""Facts of a VAE decode: whole, slice by slice, or put together from its tiles."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from autofit.dryrun.memo import Latents
 from autofit.dryrun.record import Fused, Key, Recorder, Section
 from autofit.roofline import PhaseFacts
 from autofit.spec import Technique
+from autofit.techniques.decode import Slices
 from autofit.tiling import Canvas, EvenTiles
 
 
@@ -60,7 +61,10 @@ class _Decoder:
         self.vae, self.recorder = vae, recorder
 
     def decode(self, z: torch.Tensor) -> Piece:
-        """The batch, or one image after another and then all in one tensor."""
+        """The batch, or slices of it, or one image after another and then all in one tensor."""
+        slices = vars(self.vae).get("decode")
+        if isinstance(slices, Slices):
+            return self._slices(z, slices.images)
         if not (getattr(self.vae, "use_slicing", False) and z.shape[0] > 1):
             return self._images(z)
         one, count = self._images(z[:1]), z.shape[0]
@@ -71,6 +75,28 @@ class _Decoder:
         section.tensor_bytes = section.peak_bytes = 2 * total_bytes
         section.raise_to(one.section, total_bytes - one.result_bytes)
         return Piece(section, (count, *one.shape[1:]), total_bytes)
+
+    def _slices(self, z: torch.Tensor, images: int) -> Piece:
+        """Once a slice is made, what holds all images is beside it, and beside those after it."""
+        count, rest = divmod(z.shape[0], images)
+        if count + bool(rest) <= 1:
+            return self._images(z)
+        first = self._images(z[:images])
+        pieces = [(first, count), *([(self._images(z[:rest]), 1)] if rest else [])]
+        whole = z.new_empty((z.shape[0], *first.shape[1:]))
+        whole_bytes = whole.untyped_storage().nbytes()
+        section = Section()
+        section.raise_to(first.section, 0)
+        section.raise_to(Section(), whole_bytes + first.result_bytes)
+        for number, (piece, times) in enumerate(pieces):
+            made = z.new_empty(piece.shape)
+            with self.recorder.part() as copied:
+                whole[: piece.shape[0]] = made
+            for part in (piece.section, copied):
+                section.add(part, times)
+            if number + times > 1:
+                section.raise_to(piece.section, whole_bytes)
+        return Piece(section, tuple(whole.shape), whole_bytes)
 
     def _images(self, z: torch.Tensor) -> Piece:
         """At once, unless in tiles of one shape: then one tile says it all. Tiles that diffusers
