@@ -87,7 +87,10 @@ class Rooms:
         was measured. Where too little is left, a plan gets the least it can do with.
         ``decode_bytes`` is what the allocator needs for the activations of its decode."""
         seen = np.isfinite(self._beside_bytes)
-        # What was borrowed beyond that was there for nothing.
+        # What a decode takes beyond what was lent is within the peak that was measured; what was
+        # lent beyond that was there for nothing.
+        lent = seen & (self._borrowed_bytes > 0)
+        decode_bytes = np.where(lent, np.minimum(decode_bytes, self._borrowed_bytes), decode_bytes)
         unused_bytes = np.maximum(0, self._borrowed_bytes - decode_bytes)
         beside_bytes = np.where(seen, self._beside_bytes - unused_bytes, beside_bytes)
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes

@@ -97,6 +97,20 @@ def test_a_decode_counts_without_what_the_denoiser_borrowed_of_its_memory(pipes:
     assert len({peaks["decode"] for peaks in found.values()}) == 1
 
 
+def test_of_several_decodes_the_largest_counts(pipes: Pipes) -> None:
+    """As of a video that is decoded some frames at a time, the last few together."""
+    pipe, found = pipes["tiny-sd"], []
+    for sizes in ((4,), (4, 1), (1, 4, 1)):
+        with tracked(pipe, CPU, None) as tracker, torch.no_grad():
+            meter = Meter(pipe, CPU, tracker)
+            with meter.running():
+                pipe("a cat", num_inference_steps=1, width=64, height=64)
+                for size in sizes:
+                    pipe.vae.decode(torch.zeros(size, 4, 8, 8))
+        found.append(meter.phase_bytes["decode"])
+    assert len(set(found)) == 1
+
+
 class TestInProcess:
     @pytest.fixture
     def measurer(self, pipes: Pipes) -> InProcess:

@@ -101,7 +101,7 @@ class Recorder(HostTracker):
             copied = written if len(inputs[0]) == 1 else written // 2
             work_bytes = moved_bytes(inputs[:1]) + copied
             self.work_peak_bytes = max(self.work_peak_bytes, self.live_bytes + work_bytes)
-            self.add(Key("layout", dtype, 0, 2 * work_bytes))
+            self.add(Key("layout", dtype, 0, 2 * (moved_bytes(inputs[:1]) + written)))
             if args[2] is not None:
                 self.add(Key("add_", dtype, 0, 2 * written))  # and leaves the bias to a kernel
 

@@ -1,8 +1,9 @@
 """Seconds and bytes by phase of one generation, read from outside the pipeline.
 
 Every diffusers pipeline calls its denoiser, its scheduler's ``step`` and its VAE's ``decode``. The
-first denoiser call ends encoding, each ``step`` ends a denoising step, ``decode`` begins decoding:
-no callback, so it works for pipelines that have none, and for any placement (hooks included).
+first denoiser call ends encoding, each ``step`` ends a denoising step, ``decode`` begins decoding
+(its bytes count from the end of its first layer): no callback, so it works for pipelines that have
+none, and for any placement (hooks included).
 """
 
 from __future__ import annotations
@@ -151,9 +152,14 @@ class Meter:
         """Count the decode from the end of its first layer, which works on latents: until it was
         entered, what the denoiser borrowed of its memory is there."""
 
+        before_bytes = self.phase_bytes.get(Phase.DECODE.value)  # of an earlier call
+
         def after_first(*_: Any) -> None:
             handles.close()
             self._close_phase(Phase.DECODE)
+            self.phase_bytes.pop(Phase.DECODE.value)
+            if before_bytes is not None:
+                self.phase_bytes[Phase.DECODE.value] = before_bytes
 
         with ExitStack() as handles:
             for entry in anatomy.entries("vae", vae):
@@ -164,7 +170,8 @@ class Meter:
 
     def _close_phase(self, following: Phase) -> None:
         live_bytes, reserved_bytes = self._peaks()
-        self.phase_bytes[self.phase.value] = live_bytes
+        known_bytes = self.phase_bytes.get(self.phase.value, 0)
+        self.phase_bytes[self.phase.value] = max(known_bytes, live_bytes)
         self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
         self.phase = following
         self._reset_peak()
