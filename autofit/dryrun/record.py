@@ -96,12 +96,12 @@ class Recorder(HostTracker):
         flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
         self.add(Key(packet.__name__, dtype, int(flops), read + written))
         if packet is aten.convolution:
-            # cuDNN computes in channels-last: it copies what it reads, and what it has written;
-            # of several images, so it seems, not all at once (tests/golden/points.jsonl).
+            # cuDNN computes in channels-last: it copies what it reads, and what it has written; of
+            # several images less, by what it works in and by its time (tests/golden/points.jsonl).
             copied = written if len(inputs[0]) == 1 else written // 2
             work_bytes = moved_bytes(inputs[:1]) + copied
             self.work_peak_bytes = max(self.work_peak_bytes, self.live_bytes + work_bytes)
-            self.add(Key("layout", dtype, 0, 2 * (moved_bytes(inputs[:1]) + written)))
+            self.add(Key("layout", dtype, 0, 2 * work_bytes))
             if args[2] is not None:
                 self.add(Key("add_", dtype, 0, 2 * written))  # and leaves the bias to a kernel
 
