@@ -147,4 +147,4 @@ def test_the_reference_is_found_without_predicting_every_plan(
     completed_one, calls = cost.fitted, []
     monkeypatch.setattr(cost, "fitted", lambda *a: calls.append(a) or completed_one(*a))
     assert Trials(Scripted(), asked, tmp_path).first == [expected]
-    assert len(calls) <= len(plans) / 3
+    assert len(calls) <= len(plans) / 2

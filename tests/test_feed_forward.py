@@ -174,7 +174,7 @@ def test_a_dry_run_holds_less_just_where_it_is_said(name: str) -> None:
         assert step == 1
     else:
         hoped = CHUNKED.effects(pipeline, workload)[Phase.STEP].activations
-        assert step == pytest.approx(hoped, rel=0.02)
+        assert step == pytest.approx(hoped, rel=0.05)
     for phase in (Phase.ENCODE, Phase.DECODE):
         assert chunked[phase] == whole[phase]
 
