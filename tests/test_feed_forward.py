@@ -171,7 +171,7 @@ def test_a_dry_run_holds_less_just_where_it_is_said(name: str) -> None:
     step = chunked[Phase.STEP].activation_bytes / whole[Phase.STEP].activation_bytes
     pointless = CHUNKED.why_pointless(pipeline, device(), workload)
     if pointless is not None:
-        assert step == 1
+        assert step == pytest.approx(1, abs=0.02)  # not worth a technique
     else:
         hoped = CHUNKED.effects(pipeline, workload)[Phase.STEP].activations
         assert step == pytest.approx(hoped, rel=0.05)
