@@ -108,11 +108,11 @@ class Forecaster:
         """Predict a plan; one whose placement is open holds the least."""
         facts, phases = plan.facts(self._pipeline), self._phases(plan)
         phase_bytes = {
-            p: plan.placement.resident_bytes(facts, p) + _taken_bytes(p, f)
+            p: plan.placement.resident_bytes(facts, p)
+            + plan.placement.apart_bytes(facts, p)
+            + _taken_bytes(p, f)
             for p, f in phases.items()
         }
-        for phase in phases:
-            phase_bytes[phase] += plan.placement.apart_bytes(facts, phase)
         if plan.placement.borrows:  # what the decode takes stays taken
             left_bytes = _taken_bytes(Phase.DECODE, phases[Phase.DECODE])
             phase_bytes[Phase.ENCODE] += left_bytes

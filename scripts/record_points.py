@@ -49,7 +49,7 @@ from autofit.techniques.group_offload import GroupOffload
 from autofit.techniques.placement import ModelOffload, Resident, SequentialOffload
 from autofit.techniques.precision import HalfPrecision
 from autofit.techniques.streamed import Streamed
-from autofit.trial import Measurer, Request, measurer
+from autofit.trial import Measurer, Request, Subject, measurer
 from autofit.units import parse_pixels
 
 TILES = TiledVae(512, 0.125)
@@ -202,7 +202,7 @@ def points(
             turns = [[(c, place) for place in points_left(c, done)] for c in cases]
             for case, place in filter(None, itertools.chain(*itertools.zip_longest(*turns))):
                 workload = workload_of(case, worker.subject.pipeline)
-                plan = plan_at(case, place, worker, workload)
+                plan = plan_at(case, place, worker.subject, workload)
                 if plan is None:
                     continue
                 if time.monotonic() > until:
@@ -225,11 +225,11 @@ def workload_of(case: Case, pipeline: Pipeline) -> Workload:
     return workload_for(pipeline, Goal(1, parse_pixels(case.size), case.batch), case.model)
 
 
-def plan_at(case: Case, place: str, worker: Measurer, workload: Workload) -> Plan | None:
+def plan_at(case: Case, place: str, subject: Subject, workload: Workload) -> Plan | None:
     """None where the placement is not for this model or this device."""
-    (placement, share), pipeline = PLACEMENTS[place], worker.subject.pipeline
+    (placement, share), pipeline = PLACEMENTS[place], subject.pipeline
     plan = Plan((*case.before, placement))
-    if why_not(plan, pipeline, worker.subject.device, workload) is not None:
+    if why_not(plan, pipeline, subject.device, workload) is not None:
         return None
     if not placement.is_open:
         return plan

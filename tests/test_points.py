@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from autofit import cost
 from autofit.dryrun import DryRun
 from autofit.forecast import Forecaster
 from autofit.plain import plain
-from autofit.spec import Device, Pipeline, Plan
+from autofit.spec import Device
+from autofit.trial import Subject
 
 HERE = Path(__file__).parent
 POINTS = HERE / "golden" / "points.jsonl"
@@ -39,29 +39,17 @@ def predicted(models: set[str]) -> Iterator[dict[str, Any]]:
             continue
         found = dry(case.model)
         workload = record.workload_of(case, found.pipeline)
-        plan = planned(case, line["point"].split("/")[1], found.pipeline)
         told = line["device"]
         told |= {"kernels": (), "capability": tuple(told["capability"])}
         device = Device(**told)
+        subject = Subject(found.pipeline, device)
+        plan = record.plan_at(case, line["point"].split("/")[1], subject, workload)
         card = record.listed(device)
         assert card is not None
         for key, of in (("predicted", device), ("predicted_dry", card)):
             line[key] = plain(Forecaster(found, found.pipeline, of, workload).predict(plan))
         print(f"{line['point']:32} {record.errors(line)}")
         yield line
-
-
-def planned(case: Any, place: str, pipeline: Pipeline) -> Plan:
-    placement, share = record.PLACEMENTS[place]
-    plan = Plan((*case.before, placement))
-    if not placement.is_open:
-        return plan
-    facts = plan.facts(pipeline)
-    least_bytes = cost.held_bytes(placement, facts)
-    room_bytes = least_bytes + int(share * (facts.weight_bytes - least_bytes))
-    fitted = placement.fitted(facts, room_bytes)
-    assert fitted is not None
-    return cost.placed(plan, fitted)
 
 
 @pytest.mark.slow

@@ -152,14 +152,9 @@ class Meter:
         """Count the decode from the end of its first layer, which works on latents: until it was
         entered, what the denoiser borrowed of its memory is there."""
 
-        before_bytes = self.phase_bytes.get(Phase.DECODE.value)  # of an earlier call
-
         def after_first(*_: Any) -> None:
             handles.close()
-            self._close_phase(Phase.DECODE)
-            self.phase_bytes.pop(Phase.DECODE.value)
-            if before_bytes is not None:
-                self.phase_bytes[Phase.DECODE.value] = before_bytes
+            self._look_anew()
 
         with ExitStack() as handles:
             for entry in anatomy.entries("vae", vae):
@@ -169,11 +164,16 @@ class Meter:
             yield
 
     def _close_phase(self, following: Phase) -> None:
-        live_bytes, reserved_bytes = self._peaks()
+        live_bytes, _ = self._peaks()
         known_bytes = self.phase_bytes.get(self.phase.value, 0)
         self.phase_bytes[self.phase.value] = max(known_bytes, live_bytes)
-        self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
         self.phase = following
+        self._look_anew()
+
+    def _look_anew(self) -> None:
+        """For peaks; what the allocator had reserved counts all the same."""
+        _, reserved_bytes = self._peaks()
+        self.reserved_bytes = max(self.reserved_bytes, reserved_bytes)
         self._reset_peak()
 
     def _peaks(self) -> tuple[int, int]:
