@@ -95,8 +95,8 @@ def _adapters(pipe: Any) -> tuple[str, ...]:
 
 
 def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) -> Component:
-    blocks = tuple(_block_lists(module))
-    sizes = [_bytes(block.modules()) for _, found in _listed(module) for block in found]
+    lists = _block_sizes(module)
+    in_order = [size_bytes for sizes in lists.values() for size_bytes in sizes]
     return Component(
         name=name,
         cls=type(module).__name__,
@@ -104,8 +104,8 @@ def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) 
         dtype=_dtype(module),
         weight_bytes=_bytes(module.modules()),
         largest_leaf_bytes=max(_bytes([m]) for m in module.modules()),
-        blocks=blocks,
-        neighbours_bytes=max(map(sum, pairwise(sizes)), default=sum(sizes)),
+        blocks=tuple(BlockList(p, len(s), max(s), sum(s)) for p, s in lists.items()),
+        neighbours_bytes=max(map(sum, pairwise(in_order)), default=sum(in_order)),
         groups=getattr(module, "_supports_group_offloading", True),
         convolutional=any(
             isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in module.modules()
@@ -160,17 +160,14 @@ def _dtype(module: nn.Module) -> str:
     return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
-def _block_lists(module: nn.Module) -> Iterable[BlockList]:
-    """The ModuleLists that diffusers' block-level offload walks: direct children of the module."""
-    for path, blocks in _listed(module):
-        sizes = [_bytes(block.modules()) for block in blocks]
-        yield BlockList(path, len(sizes), max(sizes), sum(sizes))
-
-
-def _listed(module: nn.Module) -> Iterable[tuple[str, nn.ModuleList | nn.Sequential]]:
-    for path, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child):
-            yield path, child
+def _block_sizes(module: nn.Module) -> dict[str, list[int]]:
+    """Bytes of the blocks in the ModuleLists that diffusers' block-level offload walks: direct
+    children of the module."""
+    return {
+        path: [_bytes(block.modules()) for block in child]
+        for path, child in module.named_children()
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child)
+    }
 
 
 def _patch(denoiser: nn.Module, vae: Any | None) -> int:
