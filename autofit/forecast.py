@@ -68,7 +68,11 @@ def basis(
     for precision in precisions:
         facts = precision.facts(pipeline) if precision else pipeline
         for phase, phase_facts in dry.phases(workload, [precision] if precision else []).items():
-            plain = cost.Plain(phase_facts.activation_bytes, roofline.seconds(phase_facts, device))
+            plain = cost.Plain(
+                phase_facts.activation_bytes,
+                roofline.seconds(phase_facts, device),
+                roofline.attention_share(phase_facts, device),
+            )
             found[facts.denoiser.dtype, phase] = plain
     return found
 

@@ -94,6 +94,13 @@ def seconds(facts: PhaseFacts, device: Device, hooks_s: float = 0.0) -> float:
     return max(busy_s, launching_s) if device.kind == "cuda" else busy_s + launching_s
 
 
+def attention_share(facts: PhaseFacts, device: Device) -> float:
+    """Of the seconds that a phase keeps the device busy, those in attention."""
+    spent = {o: o.count * operation_s(o, device) for o in facts.operations}
+    attending_s = sum(s for o, s in spent.items() if o.name == "attention")
+    return attending_s / sum(spent.values()) if spent else 0.0
+
+
 def calls(facts: PhaseFacts) -> float:
     """The operations of a phase, in operations of modules by what the host needs for them."""
     return sum(o.count * _calls(o.name) for o in facts.operations)

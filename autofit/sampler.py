@@ -24,6 +24,7 @@ from autofit.spec import (
     Attempt,
     Device,
     Failure,
+    Fidelity,
     Measurement,
     Outcome,
     Phase,
@@ -45,7 +46,7 @@ BOLD_FAILURES = 4  # trials without memory, after which no more such plans are t
 MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
 # After so many hopes in a row that failed, what was never seen is taken as predicted. In the trials
 # of tests/golden at most three failed before a gain; as many as seven did at the end.
-PATIENCE = 6
+PATIENCE = 4
 MAX_NEW = 1  # changes of a phase at a time: what changed is then what made the difference
 NEAR = 1.08  # within this of the budget a plan is tried: predictions err by more
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
@@ -120,7 +121,7 @@ class PlanSampler(BaseSampler):
         self._open = np.zeros(len(task.plans), dtype=bool)
         self._open[self._surrogate.open_numbers()] = True
         self._borrows = np.array([plan.placement.borrows for plan in task.plans], dtype=bool)
-        self._choices = _Choices(task.plans, task.pipeline, task.workload)
+        self._choices = _Choices(task)
         self._failed_hopes = 0  # since the last gain
         self._tie_break = np.array(
             [(p.fidelity.rank * 100 + len(p.techniques)) for p in task.plans]
@@ -211,17 +212,17 @@ class PlanSampler(BaseSampler):
         self._informed = len(self.attempts)
 
     def _learn_hope(self, number: int, outcome: Outcome, before: Attempt | None) -> None:
-        """Count the hopes that failed. A trial that did not fit, or broke, says nothing of them."""
+        """Count the hopes that failed. A trial that did not fit, or broke, or tried nothing new,
+        says nothing of them."""
         now = best_attempt(self.attempts, self.task)
         if now is None or before is None:
             return
         assert isinstance(before.outcome, Measurement)
         assert isinstance(now.outcome, Measurement)
         before_s, now_s = map(self.task.objective_s, (before.outcome, now.outcome))
-        if now_s < before_s * (1 - MIN_GAIN):
-            self._failed_hopes = 0
-        elif self._choices.untimed()[number] and is_timed(outcome, self.task.budget_bytes):
-            self._failed_hopes += 1
+        if self._choices.untimed()[number] and is_timed(outcome, self.task.budget_bytes):
+            gained = now_s < before_s * (1 - MIN_GAIN)
+            self._failed_hopes = 0 if gained else self._failed_hopes + 1
 
     def propose(self) -> Plan | None:
         """The next plan worth a trial, or None when nothing untried is predicted to win."""
@@ -253,9 +254,8 @@ class PlanSampler(BaseSampler):
     def _expected_s(self) -> Any:
         """Seconds an image of every plan, set-up included. Of what a plan is hoped to gain beyond
         its prediction, what counts is the patience that is left."""
-        untimed = self._choices.untimed() > 0
-        plain_s = self._surrogate.image_s(hopeful=np.zeros_like(untimed))
-        hoped_s = plain_s - self._surrogate.image_s(hopeful=untimed)
+        plain_s = self._surrogate.image_s(hopes=dict.fromkeys(Phase, 0.0))
+        hoped_s = plain_s - self._surrogate.image_s(hopes=self._choices.hopes())
         setup_s = self._choices.setup_s() / self.task.images
         patience = max(0.0, 1 - self._failed_hopes / PATIENCE)
         return plain_s - patience * hoped_s + setup_s
@@ -335,7 +335,8 @@ def is_timed(outcome: Outcome, budget_bytes: int) -> bool:
 class _Choices:
     """Which techniques were seen at work, by plan."""
 
-    def __init__(self, plans: Sequence[Plan], pipeline: Pipeline, workload: Workload) -> None:
+    def __init__(self, task: Task) -> None:
+        plans, pipeline, workload = task.plans, task.pipeline, task.workload
         known = {t.label: t for p in plans for t in p.techniques}
         self.labels = sorted(known)
         column = {label: i for i, label in enumerate(self.labels)}
@@ -345,8 +346,16 @@ class _Choices:
                 self.used[number, column[technique.label]] = 1
         techniques = [known[label] for label in self.labels]
         self.first = np.array([t.slot in FIRST for t in techniques])
+        exact = [t.slot is Slot.EXECUTION and t.fidelity is Fidelity.EXACT for t in techniques]
+        self._plain = self.first | np.array(exact)
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
+        placing = [t.slot is Slot.PLACEMENT for t in techniques]
+        hopes = np.array([cost.hope(t, task.basis) for t in techniques])
+        self._hopes = {
+            p: hopes * [moves or p in t for moves, t in zip(placing, touched, strict=True)]
+            for p in Phase
+        }
         self._untimed = np.ones(len(self.labels), dtype=np.int16)
         self._unseen = np.ones(len(self.labels), dtype=np.int16)
         self._bad = np.zeros(len(self.labels), dtype=np.int16)
@@ -380,6 +389,13 @@ class _Choices:
         memory tells none."""
         return self.used @ self._untimed
 
+    def hopes(self) -> dict[Phase, Any]:
+        """By how much each phase of each plan may be faster than predicted: as much as the most
+        hopeful of its choices that were never seen to take any time."""
+        return {
+            p: (self.used * (hopes * self._untimed)).max(axis=1) for p, hopes in self._hopes.items()
+        }
+
     def one_change(self) -> Any:
         """Plans in which what is new can be told apart: how things are placed, cast and decoded,
         which often fits only together; or one choice that the steps feel and one that only the
@@ -397,7 +413,7 @@ class _Choices:
         return (self.used @ self._bad) > 0
 
     def plain(self) -> Any:
-        return (self.used @ (~self.first).astype(np.int16)) == 0
+        return (self.used @ (~self._plain).astype(np.int16)) == 0
 
     def setup_s(self) -> Any:
         """Least set-up seen with each choice, of which a plan's slowest decides; and what those

@@ -267,6 +267,7 @@ class Technique(ABC):
     name: ClassVar[str]
     slot: ClassVar[Slot]
     reversible: ClassVar[bool] = True
+    hope: ClassVar[float] = 0.25  # by how much its phases may be faster than it states, until seen
 
     @property
     @abstractmethod

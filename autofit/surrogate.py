@@ -9,7 +9,7 @@ transfers are arithmetic: they follow from the weights that the budget leaves ro
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from autofit.spec import (
 MORE_THAN_HAD = 1.15  # a phase that ran out of memory needs at least this much more, we guess
 # The same for an open plan, whose next trial shows by how much: so that it fits, and is measured.
 FAR_MORE = 1.5
-HOPE = 0.25  # by how much a choice never seen, or compute never waited for, may be faster
+UNWAITED_HOPE = 0.25  # by how much compute that was never waited for may be faster than the bus
 BUS_BOUND = 1.1  # a phase that takes up to this times its transfers waited for them, not compute
 # Up to this it may have: layers that compute long and have few weights leave the bus idle. On an
 # H100 steps of SDXL, captured in a graph, took 1.16 times their transfers with 1.5 GB of weights.
@@ -60,11 +60,11 @@ class Surrogate:
 
     # What it predicts
 
-    def image_s(self, hopeful: Bools | None = None) -> Floats:
-        """Predicted seconds an image of every plan. With a mask of plans to hope for: how few they
-        may be. No hope beats the bus."""
+    def image_s(self, hopes: Mapping[Phase, Floats | float] | None = None) -> Floats:
+        """Predicted seconds an image of every plan. With hopes, by how much a phase may be faster:
+        how few they may be. No hope beats the bus."""
         times = dict.fromkeys(Phase, 1.0) | {Phase.STEP: float(self.workload.steps)}
-        parts = [times[p] * self._phase_s(p, hopeful) for p in Phase]
+        parts = [times[p] * self._phase_s(p, hopes[p] if hopes else None) for p in Phase]
         return np.sum(parts, axis=0)  # type: ignore[no-any-return]
 
     def peak_bytes(self) -> Floats:
@@ -112,14 +112,14 @@ class Surrogate:
     def open_numbers(self) -> npt.NDArray[np.int64]:
         return self._rooms.numbers
 
-    def _phase_s(self, phase: Phase, hopeful: Bools | None = None) -> Floats:
+    def _phase_s(self, phase: Phase, hope: Floats | float | None = None) -> Floats:
         table, numbers, share = self.tables[phase], self._rooms.numbers, self._bus_share()
         seconds: Floats = table.seconds.values()[table.index]
-        if hopeful is not None:
-            hope = np.where(hopeful | table.seconds.at_most[table.index], 1 - HOPE, 1.0)
+        if hope is not None:
+            unwaited = np.where(table.seconds.at_most[table.index], UNWAITED_HOPE, 0.0)
             bus_s = np.minimum(seconds, table.bus_s[table.index] / share)
             bus_s[numbers] = 0.0  # with the least weights; what follows has them as fitted
-            seconds = np.maximum(hope * seconds, bus_s)
+            seconds = np.maximum((1 - np.maximum(hope, unwaited)) * seconds, bus_s)
         seconds[numbers] = np.maximum(seconds[numbers], self.fits().transfer_s(phase) / share)
         return seconds
 

@@ -133,6 +133,7 @@ class TiledVae(Technique):
     name: ClassVar[str] = "tiled_vae"
     slot: ClassVar[Slot] = Slot.DECODE
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    hope: ClassVar[float] = 0.3  # two sizes of tile differ by as much where one states the same
 
     tile_px: int
     overlap: float

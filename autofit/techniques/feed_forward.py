@@ -43,6 +43,7 @@ class ChunkedFeedForward(Technique):
     slot: ClassVar[Slot] = Slot.FEED_FORWARD
     # The same arithmetic, but products with fewer rows may take other kernels.
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC
+    hope: ClassVar[float] = 0.05
 
     tokens: int
 

@@ -40,6 +40,7 @@ class Resident(Placement):
     """
 
     name: ClassVar[str] = "resident"
+    hope: ClassVar[float] = 0.05  # it computes what all placements do
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
