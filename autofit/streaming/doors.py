@@ -118,8 +118,10 @@ def _may_open(block: nn.Module) -> bool:
 
 
 def _may_have_door(layer: nn.Linear, moving: Set[int], owners: Counter[int]) -> bool:
-    """Not what only looks like a plain layer, nor what shares a weight with another."""
+    """Not what only looks like a plain layer, nor what shares a weight with another, nor what has
+    hooks: these run outside of the door, and may use the weight."""
     plain = type(layer) is nn.Linear and "forward" not in layer.__dict__
+    plain = plain and not (layer._forward_hooks or layer._forward_pre_hooks)
     alone = all(owners[id(parameter)] == 1 for parameter in layer.parameters())
     return plain and alone and id(layer.weight) in moving
 
