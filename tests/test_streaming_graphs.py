@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autofit import anatomy, prompts, techniques
 from autofit.spec import Plan
-from autofit.streaming import engine
+from autofit.streaming import doors, engine
 from autofit.streaming.lanes import HostLane, Tensors
 from autofit.streaming.parts import Part
 from autofit.streaming.pool import Pool
@@ -63,7 +64,8 @@ class Tape(TorchDispatchMode):
         work()
         weights.begin()
         self._operations = operations = []
-        with self, weights.capturing():
+        eagerly = torch.compiler.set_stance("force_eager")  # no compiled code runs in a mode
+        with eagerly, self, weights.capturing():
             result = work()
 
         def replay() -> None:
@@ -136,6 +138,27 @@ def test_images_are_the_resident_pipes(
         assert settled > 0
         assert_alike(images(pipe), wanted, device)
         assert replays() == settled + 2  # both steps
+    assert differences(before, noted(pipe, device)) == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-flux"])
+def test_compiled_blocks_stream_layer_by_layer_in_graphs(
+    name: str, pipes: Pipes, device: str, replays: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, compiled = pipes[name], CudaGraph(compiled=True)
+    if device == "cpu":
+        eager = functools.partial(torch.compile, backend="eager")
+        monkeypatch.setattr(torch, "compile", eager)
+    with techniques.applied(Plan((compiled, Resident())), pipe, device):
+        wanted = images(pipe)
+    resident, before = replays(), noted(pipe, device)
+    streamed = Streamed(weights_bytes(pipe, 0.5), UNIT_BYTES)
+    with techniques.applied(Plan((compiled, streamed)), pipe, device):
+        for _ in range(4):
+            assert_alike(images(pipe), wanted, device)
+        assert any(map(doors.layers, anatomy.denoiser(pipe).modules()))
+    assert replays() > resident
     assert differences(before, noted(pipe, device)) == []
 
 

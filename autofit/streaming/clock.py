@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from autofit.streaming.doors import entrance
 from autofit.streaming.lanes import Lane
 from autofit.streaming.units import Unit
 
@@ -60,7 +61,7 @@ def timing(units: Sequence[Unit], lane: Lane) -> Iterator[Clock]:
     clock = Clock(len(units), lane)
     with ExitStack() as undo:
         for unit in units:
-            first, last = unit.modules[0], unit.modules[-1]
+            first, last = entrance(unit.modules[0]), entrance(unit.modules[-1])
             undo.callback(first.register_forward_pre_hook(clock.called, prepend=True).remove)
             undo.callback(first.register_forward_pre_hook(clock.started).remove)
             undo.callback(last.register_forward_hook(clock.ended, prepend=True).remove)

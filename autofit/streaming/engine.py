@@ -20,6 +20,7 @@ from autofit import anatomy
 from autofit.pinning import host_registered
 from autofit.spec import Role
 from autofit.streaming.clock import timing
+from autofit.streaming.doors import opened
 from autofit.streaming.lanes import lane_for
 from autofit.streaming.loan import Loan
 from autofit.streaming.pack import pack
@@ -58,6 +59,9 @@ class Streamer:
         Whoever made a forward that replays CUDA graphs (its ``graphs``) is told of the weights.
         """
         with ExitStack() as undo:
+            for part in self._parts:
+                streams = set(map(id, part.parameters))
+                undo.enter_context(opened(part.module, streams, self._unit_bytes, self._device))
             undo.callback(self._pool.close)
             for part in self._parts:
                 undo.enter_context(_saved_whole(part))

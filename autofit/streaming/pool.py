@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autofit.streaming.doors import entrance
 from autofit.streaming.lanes import Lane
 from autofit.streaming.loan import Loan
 from autofit.streaming.parts import Part
@@ -302,7 +303,7 @@ class Pool:
         def post_hook(*_: Any) -> None:
             after(unit)
 
-        for module in (*unit.modules, *unit.entrances):
+        for module in map(entrance, (*unit.modules, *unit.entrances)):
             self._hooks.callback(module.register_forward_pre_hook(pre_hook).remove)
-        for module in (unit.modules[-1], *unit.entrances):
+        for module in map(entrance, (unit.modules[-1], *unit.entrances)):
             self._hooks.callback(module.register_forward_hook(post_hook).remove)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autofit import anatomy
+from autofit.streaming import doors
 from autofit.streaming.pack import runs
 from autofit.streaming.record import Record
 from autofit.streaming.schedule import aligned
@@ -139,6 +140,10 @@ class _Divider:
         inside = self._inside(part)
         if not inside:
             return
+        if layers := doors.layers(part):  # what else it has stays on the device
+            for layer in layers:
+                self._take(layer, self._inside(layer))
+            return
         if self._small(part, inside) and self._take(part, inside):
             return
         for child in part.children():
@@ -158,7 +163,7 @@ class _Divider:
     def _small(self, part: nn.Module, inside: Sequence[Weight]) -> bool:
         if sum(w.host.nbytes for w in inside) <= self._unit_bytes:
             return True
-        whole = _is_compiled(part) or self._repeats(part)
+        whole = doors.is_compiled(part) or self._repeats(part)
         return whole or not any(map(self._inside, part.children()))
 
     def _repeats(self, part: nn.Module) -> bool:
@@ -234,8 +239,3 @@ def _cycle(order: list[Unit]) -> list[Unit]:
         if len(order) % length == 0 and order[:length] * (len(order) // length) == order:
             return order[:length]
     return order
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    """Whether a compiled graph covers it: hooks inside of one would break it."""
-    return hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable")

@@ -223,6 +223,8 @@ class RegionalCompile(Technique):
             for module in denoiser.modules():
                 if type(module).__name__ in denoiser._repeated_blocks:
                     forward = torch.compile(module.forward, fullgraph=True, mode=self.mode)
+                    # Other modes tune the layers too, or capture all that runs.
+                    forward.opens = self.mode in (None, "default")  # type: ignore[attr-defined]
                     stack.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
