@@ -78,7 +78,9 @@ PRECISIONS = (HalfPrecision("float16"), HalfPrecision("bfloat16"))
 @lru_cache
 def _facts(pipeline: Pipeline, dtype: str) -> Pipeline:
     """Thousands of plans ask for the same: what follows from their facts can be kept by these."""
-    components = tuple(_halved(c, dtype) if c.dtype == "float32" else c for c in pipeline.components)
+    components = tuple(
+        _halved(c, dtype) if c.dtype == "float32" else c for c in pipeline.components
+    )
     return replace(pipeline, components=components)
 
 
