@@ -16,11 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit import cost
-from autofit.spec import Device, Phase, Pipeline, Plan, Technique, Workload
+from autofit.spec import Device, Phase, Pipeline, Placement, Plan, Technique, Workload
 
 Floats = npt.NDArray[np.float64]
 RIDGE = 0.05  # weak: one clean observation nearly settles a choice
 ACTIVATION_FLOOR = 2**20  # live tensors are measured to allocator blocks; below is noise
+
+
+class _Touches(dict[tuple[Technique, Pipeline], bool]):
+    """Whether a technique touches a phase, by the facts; a placement touches them all. Few
+    techniques make up the plans: each is asked once."""
+
+    def __init__(self, workload: Workload, phase: Phase) -> None:
+        self._workload, self._phase = workload, phase
+
+    def __missing__(self, key: tuple[Technique, Pipeline]) -> bool:
+        technique, facts = key
+        placed = isinstance(technique, Placement)
+        self[key] = placed or self._phase in technique.effects(facts, self._workload)
+        return self[key]
 
 
 class PhaseTable:
@@ -28,39 +42,30 @@ class PhaseTable:
 
     def __init__(self, plans: Sequence[Plan], facts: Sequence[Pipeline], device: Device,
                  workload: Workload, phase: Phase, basis: cost.Basis) -> None:  # fmt: skip
+        touches = _Touches(workload, phase)
         rows: dict[tuple[Technique, ...], int] = {}
         first: list[int] = []
         self.index = np.empty(len(plans), dtype=np.int64)
-        for number, plan in enumerate(plans):
-            key = tuple(
-                t for t in plan.techniques
-                if t is plan.placement or phase in t.effects(facts[number], workload)
-            )  # fmt: skip
+        for number, (plan, found) in enumerate(zip(plans, facts, strict=True)):
+            key = tuple(t for t in plan.techniques if touches[t, found])
             if key not in rows:
                 first.append(number)
             self.index[number] = rows.setdefault(key, len(rows))
         self.features = _features(list(rows))
         self.refused = np.zeros(len(plans), dtype=bool)  # ran out of memory in just this phase
-        at = [(plans[n], facts[n]) for n in first]
-        self.stays = np.array([cost.stays(p, f, workload, phase) for p, f in at])
-        self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
-        self.apart_bytes = np.array([p.placement.apart_bytes(f, phase) for p, f in at], dtype=float)
+        at = [cost.Phases(plans[n], facts[n], workload, basis) for n in first]
+        placements = [(a.plan.placement, a.facts) for a in at]
+        self.stays = np.array([a.stays(phase) for a in at])
+        self.weight_bytes = np.array([p.resident_bytes(f, phase) for p, f in placements], float)
+        self.apart_bytes = np.array([p.apart_bytes(f, phase) for p, f in placements], float)
         times = [
-            (cost.compute_s if p.placement.is_open else cost.seconds)(
-                p, f, device, workload, phase, basis
-            )
-            for p, f in at
+            (a.compute_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at
         ]
         self.seconds = Corrected(np.array(times), self.features)
-        traffics = [p.placement.traffic(f, phase) for p, f in at]
+        traffics = [p.traffic(f, phase) for p, f in placements]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
-        self.activations = Corrected(
-            np.array(
-                [cost.activation_bytes(p, f, workload, phase, basis) for p, f in at], dtype=float
-            )
-            + ACTIVATION_FLOOR,
-            self.features,
-        )
+        activations = np.array([a.activation_bytes(phase) for a in at], float)
+        self.activations = Corrected(activations + ACTIVATION_FLOOR, self.features)
 
     def refuse(self, number: int, left_bytes: Floats) -> None:
         """This plan ran out of memory here, and so would those that run it the same way with as

@@ -2,6 +2,8 @@
 # Everything that must hold before a change lands: linters, types, tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Compiled once: the tests start dozens of processes, and the libraries were installed without.
+unset PYTHONDONTWRITEBYTECODE
 ruff check .
 ruff format --check .
 mypy
