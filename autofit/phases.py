@@ -16,11 +16,25 @@ import numpy as np
 import numpy.typing as npt
 
 from autofit import cost
-from autofit.spec import Device, Phase, Pipeline, Plan, Technique, Workload
+from autofit.spec import Device, Phase, Pipeline, Placement, Plan, Technique, Workload
 
 Floats = npt.NDArray[np.float64]
 RIDGE = 0.05  # weak: one clean observation nearly settles a choice
 ACTIVATION_FLOOR = 2**20  # live tensors are measured to allocator blocks; below is noise
+
+
+class _Touches(dict[tuple[Technique, Pipeline], bool]):
+    """Whether a technique touches a phase, by the facts; a placement touches them all. Few
+    techniques make up the plans: each is asked once."""
+
+    def __init__(self, workload: Workload, phase: Phase) -> None:
+        self._workload, self._phase = workload, phase
+
+    def __missing__(self, key: tuple[Technique, Pipeline]) -> bool:
+        technique, facts = key
+        placed = isinstance(technique, Placement)
+        self[key] = placed or self._phase in technique.effects(facts, self._workload)
+        return self[key]
 
 
 class PhaseTable:
@@ -28,14 +42,12 @@ class PhaseTable:
 
     def __init__(self, plans: Sequence[Plan], facts: Sequence[Pipeline], device: Device,
                  workload: Workload, phase: Phase, basis: cost.Basis) -> None:  # fmt: skip
+        touches = _Touches(workload, phase)
         rows: dict[tuple[Technique, ...], int] = {}
         first: list[int] = []
         self.index = np.empty(len(plans), dtype=np.int64)
-        for number, plan in enumerate(plans):
-            key = tuple(
-                t for t in plan.techniques
-                if t is plan.placement or phase in t.effects(facts[number], workload)
-            )  # fmt: skip
+        for number, (plan, found) in enumerate(zip(plans, facts, strict=True)):
+            key = tuple(t for t in plan.techniques if touches[t, found])
             if key not in rows:
                 first.append(number)
             self.index[number] = rows.setdefault(key, len(rows))

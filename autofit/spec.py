@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
@@ -192,6 +193,10 @@ class Pipeline:
     vae_channels: int = 128  # of the decoder at full resolution
     adapters: tuple[str, ...] = ()  # names of those that are loaded
 
+    def __hash__(self) -> int:
+        """Of what a precision changes, and the fingerprint: facts are looked up plan by plan."""
+        return hash((self.fingerprint, *(c.dtype for c in self.components)))
+
     @property
     def denoiser(self) -> Component:
         return next(c for c in self.components if c.role is Role.DENOISER)
@@ -218,7 +223,7 @@ class Fidelity(StrEnum):
     NUMERIC = "numeric"  # the same function, rounded otherwise
     LOSSY = "lossy"  # another function
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return list(Fidelity).index(self)
 
@@ -241,7 +246,7 @@ class Slot(StrEnum):
     GUIDANCE = "guidance"
     PLACEMENT = "placement"
 
-    @property
+    @cached_property
     def order(self) -> int:
         return list(Slot).index(self)
 
@@ -309,7 +314,7 @@ class Technique(ABC):
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    @property
+    @cached_property
     def label(self) -> str:
         """``tiled_vae(tile_px=512, overlap=0.25)``: settings that are off or None left out."""
         text = ", ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from autofit import anatomy
@@ -205,13 +206,15 @@ def runs(pipeline: Pipeline, phase: Phase) -> int:
 
 def as_run(pipeline: Pipeline, phase: Phase) -> Pipeline:
     """The facts in a phase: some pipelines cast a float16 VAE to float32 to decode."""
+    if phase is not Phase.DECODE or not pipeline.vae_upcasts:
+        return pipeline
+    return _upcast(pipeline)
+
+
+@lru_cache
+def _upcast(pipeline: Pipeline) -> Pipeline:
     vae = pipeline.vae
-    if (
-        phase is not Phase.DECODE
-        or not pipeline.vae_upcasts
-        or vae is None
-        or vae.dtype != "float16"
-    ):
+    if vae is None or vae.dtype != "float16":
         return pipeline
     upcast = replace(
         vae,

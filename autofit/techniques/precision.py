@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from autofit import anatomy
@@ -64,10 +65,7 @@ class HalfPrecision(Technique):
         return "no component is in float32"
 
     def facts(self, pipeline: Pipeline) -> Pipeline:
-        components = tuple(
-            _halved(c, self.dtype) if c.dtype == "float32" else c for c in pipeline.components
-        )
-        return replace(pipeline, components=components)
+        return _facts(pipeline, self.dtype)
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         """All phases; what it changes there follows from the dtypes in ``facts``."""
@@ -75,6 +73,15 @@ class HalfPrecision(Technique):
 
 
 PRECISIONS = (HalfPrecision("float16"), HalfPrecision("bfloat16"))
+
+
+@lru_cache
+def _facts(pipeline: Pipeline, dtype: str) -> Pipeline:
+    """Thousands of plans ask for the same: what follows from their facts can be kept by these."""
+    components = tuple(
+        _halved(c, dtype) if c.dtype == "float32" else c for c in pipeline.components
+    )
+    return replace(pipeline, components=components)
 
 
 def _halved(component: Component, dtype: str) -> Component:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from autofit.spec import Device, Fidelity, Pipeline, Plan, Slot, Technique, Workload
 from autofit.techniques import CANDIDATES, clash
@@ -42,4 +43,10 @@ def _choices(
 
 
 def _compatible(combination: Combination, choice: Combination) -> bool:
-    return not choice or clash((*combination, *choice)) is None
+    """Whether a choice goes with what is compatible already."""
+    return all(_pair_goes(technique, new) for technique in combination for new in choice)
+
+
+@cache
+def _pair_goes(one: Technique, other: Technique) -> bool:
+    return clash((one, other)) is None
