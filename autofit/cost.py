@@ -76,20 +76,7 @@ def predict(
     plan: Plan, pipeline: Pipeline, device: Device, workload: Workload, basis: Basis = _NOTHING
 ) -> Prediction:
     """Predict peak bytes and seconds an image for any legal plan."""
-    facts = plan.facts(pipeline)
-    phase_bytes = {}
-    for phase in Phase:
-        used_bytes = activation_bytes(plan, facts, workload, phase, basis)
-        left = left_bytes(plan, facts, workload, phase, basis)
-        taken_bytes = int(fragmentation(device) * (used_bytes + left))
-        if phase is Phase.STEP:
-            left = int(fragmentation(device) * left)
-            taken_bytes -= min(left, borrowed_bytes(plan.placement, facts))
-        apart_bytes = plan.placement.apart_bytes(facts, phase)
-        phase_bytes[phase] = weight_bytes(plan, facts, phase) + apart_bytes + taken_bytes
-    phase_s = {p: seconds(plan, facts, device, workload, p, basis) for p in Phase}
-    peak_bytes = max(phase_bytes.values()) + outside_bytes(device, plan.placement)
-    return Prediction(peak_bytes, image_s(phase_s, workload.steps), phase_s, phase_bytes)
+    return Phases(plan, plan.facts(pipeline), workload, basis).predict(device)
 
 
 def image_s(phase_s: Mapping[Phase, float], steps: int) -> float:
@@ -136,9 +123,9 @@ def fitted(
     """Complete an open plan for a budget; None where it cannot do with so little."""
     if not plan.placement.is_open:
         return plan
-    least_bytes = predict(plan, pipeline, device, workload, basis).peak_bytes
-    decode_bytes = activation_bytes(plan, plan.facts(pipeline), workload, Phase.DECODE, basis)
-    decode_bytes = int(fragmentation(device) * decode_bytes)
+    phases = Phases(plan, plan.facts(pipeline), workload, basis)
+    least_bytes = phases.predict(device).peak_bytes
+    decode_bytes = int(fragmentation(device) * phases.activation_bytes(Phase.DECODE))
     return filled(plan, pipeline, least_bytes, decode_bytes, budget_bytes)
 
 
@@ -187,12 +174,58 @@ def weight_bytes(plan: Plan, facts: Pipeline, phase: Phase) -> int:
     return plan.placement.resident_bytes(facts, phase)
 
 
-def activation_bytes(
-    plan: Plan, facts: Pipeline, workload: Workload, phase: Phase, basis: Basis = _NOTHING
-) -> int:
-    known = basis.get((facts.denoiser.dtype, phase))
-    plain = known.activation_bytes if known else _activation_bytes(facts, workload, phase)
-    return int(plain * _effect(plan, facts, workload, phase).activations)
+class Phases:
+    """What a plan's phases need and take. ``facts`` are the pipe's under the plan; its techniques
+    are asked once for all phases: a search predicts thousands of plans."""
+
+    def __init__(
+        self, plan: Plan, facts: Pipeline, workload: Workload, basis: Basis = _NOTHING
+    ) -> None:
+        self.plan, self.facts, self.workload, self._basis = plan, facts, workload, basis
+        self._effects = _effects(plan, facts, workload)
+
+    def predict(self, device: Device) -> Prediction:
+        plan, facts = self.plan, self.facts
+        phase_bytes = {}
+        for phase in Phase:
+            used_bytes, left_bytes = self.activation_bytes(phase), self.left_bytes(phase)
+            taken_bytes = int(fragmentation(device) * (used_bytes + left_bytes))
+            if phase is Phase.STEP:
+                left_bytes = int(fragmentation(device) * left_bytes)
+                taken_bytes -= min(left_bytes, borrowed_bytes(plan.placement, facts))
+            apart_bytes = plan.placement.apart_bytes(facts, phase)
+            phase_bytes[phase] = weight_bytes(plan, facts, phase) + apart_bytes + taken_bytes
+        phase_s = {p: self.seconds(device, p) for p in Phase}
+        peak_bytes = max(phase_bytes.values()) + outside_bytes(device, plan.placement)
+        return Prediction(peak_bytes, image_s(phase_s, self.workload.steps), phase_s, phase_bytes)
+
+    def activation_bytes(self, phase: Phase) -> int:
+        known = self._basis.get((self.facts.denoiser.dtype, phase))
+        plain = (
+            known.activation_bytes if known else _activation_bytes(self.facts, self.workload, phase)
+        )
+        return int(plain * self._effects[phase].activations)
+
+    def left_bytes(self, phase: Phase) -> int:
+        """Memory of the other phases' activations that stays taken in this one."""
+        return sum(self.activation_bytes(p) for p in Phase if p is not phase and self.stays(p))
+
+    def stays(self, phase: Phase) -> bool:
+        borrowed = phase is Phase.DECODE and self.plan.placement.borrows
+        return borrowed or self._effects[phase].stays
+
+    def seconds(self, device: Device, phase: Phase) -> float:
+        """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the
+        sum."""
+        traffic = self.plan.placement.traffic(self.facts, phase)
+        return moved_s(self.compute_s(device, phase), traffic, self.facts, device, phase)
+
+    def compute_s(self, device: Device, phase: Phase) -> float:
+        """One phase without its transfers; the hooks that start these count, Python runs them."""
+        known = self._basis.get((self.facts.denoiser.dtype, phase))
+        plain_s = known.compute_s if known else _compute_s(self.facts, device, self.workload, phase)
+        busy_s = plain_s * self._effects[phase].seconds
+        return busy_s + self.plan.placement.traffic(self.facts, phase).hooks * HOOK_S
 
 
 def _activation_bytes(facts: Pipeline, workload: Workload, phase: Phase) -> float:
@@ -207,55 +240,12 @@ def _activation_bytes(facts: Pipeline, workload: Workload, phase: Phase) -> floa
     return float(values * DECODE_TENSORS * DTYPE_BYTES[_decode_dtype(facts)])
 
 
-def left_bytes(
-    plan: Plan, facts: Pipeline, workload: Workload, phase: Phase, basis: Basis = _NOTHING
-) -> int:
-    """Memory of the other phases' activations that stays taken in this one."""
-    left = (p for p in Phase if p is not phase and stays(plan, facts, workload, p))
-    return sum(activation_bytes(plan, facts, workload, p, basis) for p in left)
-
-
-def stays(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> bool:
-    borrowed = phase is Phase.DECODE and plan.placement.borrows
-    return borrowed or _effect(plan, facts, workload, phase).stays
-
-
-def seconds(
-    plan: Plan,
-    facts: Pipeline,
-    device: Device,
-    workload: Workload,
-    phase: Phase,
-    basis: Basis = _NOTHING,
-) -> float:
-    """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the sum."""
-    busy_s = compute_s(plan, facts, device, workload, phase, basis)
-    return moved_s(busy_s, plan.placement.traffic(facts, phase), facts, device, phase)
-
-
 def moved_s(
     busy_s: float, traffic: Traffic, facts: Pipeline, device: Device, phase: Phase
 ) -> float:
     """Seconds of a phase that computes for ``busy_s``, with its transfers."""
     moving_s = transfer_s(traffic, facts, device, phase)
     return max(busy_s, moving_s) if traffic.overlaps else busy_s + moving_s
-
-
-def compute_s(
-    plan: Plan,
-    facts: Pipeline,
-    device: Device,
-    workload: Workload,
-    phase: Phase,
-    basis: Basis = _NOTHING,
-) -> float:
-    """One phase without its transfers; the hooks that start these count, Python runs them."""
-    known = basis.get((facts.denoiser.dtype, phase))
-    plain_s = (
-        known.compute_s if known else _work(facts, workload, phase) / _rate(facts, device, phase)
-    )
-    busy_s = plain_s * _effect(plan, facts, workload, phase).seconds
-    return busy_s + plan.placement.traffic(facts, phase).hooks * HOOK_S
 
 
 def transfer_s(traffic: Traffic, facts: Pipeline, device: Device, phase: Phase) -> float:
@@ -276,14 +266,18 @@ def _pinned_share(facts: Pipeline, device: Device, phase: Phase) -> float:
     return min(1.0, max(0, left_bytes) / max(1, wanted_bytes))
 
 
-def _effect(plan: Plan, facts: Pipeline, workload: Workload, phase: Phase) -> Effect:
-    seconds, activations, stays = 1.0, 1.0, False
+def _effects(plan: Plan, facts: Pipeline, workload: Workload) -> dict[Phase, Effect]:
+    """Of all techniques together."""
+    found = dict.fromkeys(Phase, Effect())
     for technique in plan.techniques:
-        effect = technique.effects(facts, workload).get(phase, Effect())
-        seconds *= effect.seconds
-        activations *= effect.activations
-        stays |= effect.stays
-    return Effect(seconds, activations, stays)
+        for phase, effect in technique.effects(facts, workload).items():
+            before = found[phase]
+            found[phase] = Effect(
+                before.seconds * effect.seconds,
+                before.activations * effect.activations,
+                before.stays or effect.stays,
+            )
+    return found
 
 
 def _positions(facts: Pipeline, workload: Workload) -> int:
@@ -309,6 +303,10 @@ def _work(facts: Pipeline, workload: Workload, phase: Phase) -> float:
     encoders = facts.of_role(Role.ENCODER)
     parameters = sum(c.weight_bytes / DTYPE_BYTES[c.dtype] for c in encoders)
     return 2 * parameters * TOKENS * workload.batch * workload.passes
+
+
+def _compute_s(facts: Pipeline, device: Device, workload: Workload, phase: Phase) -> float:
+    return _work(facts, workload, phase) / _rate(facts, device, phase)
 
 
 def _rate(facts: Pipeline, device: Device, phase: Phase) -> float:

@@ -53,26 +53,19 @@ class PhaseTable:
             self.index[number] = rows.setdefault(key, len(rows))
         self.features = _features(list(rows))
         self.refused = np.zeros(len(plans), dtype=bool)  # ran out of memory in just this phase
-        at = [(plans[n], facts[n]) for n in first]
-        self.stays = np.array([cost.stays(p, f, workload, phase) for p, f in at])
-        self.weight_bytes = np.array([cost.weight_bytes(p, f, phase) for p, f in at], dtype=float)
-        self.apart_bytes = np.array([p.placement.apart_bytes(f, phase) for p, f in at], dtype=float)
+        at = [cost.Phases(plans[n], facts[n], workload, basis) for n in first]
+        placements = [(a.plan.placement, a.facts) for a in at]
+        self.stays = np.array([a.stays(phase) for a in at])
+        self.weight_bytes = np.array([p.resident_bytes(f, phase) for p, f in placements], float)
+        self.apart_bytes = np.array([p.apart_bytes(f, phase) for p, f in placements], float)
         times = [
-            (cost.compute_s if p.placement.is_open else cost.seconds)(
-                p, f, device, workload, phase, basis
-            )
-            for p, f in at
+            (a.compute_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at
         ]
         self.seconds = Corrected(np.array(times), self.features)
-        traffics = [p.placement.traffic(f, phase) for p, f in at]
+        traffics = [p.traffic(f, phase) for p, f in placements]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
-        self.activations = Corrected(
-            np.array(
-                [cost.activation_bytes(p, f, workload, phase, basis) for p, f in at], dtype=float
-            )
-            + ACTIVATION_FLOOR,
-            self.features,
-        )
+        activations = np.array([a.activation_bytes(phase) for a in at], float)
+        self.activations = Corrected(activations + ACTIVATION_FLOOR, self.features)
 
     def refuse(self, number: int, left_bytes: Floats) -> None:
         """This plan ran out of memory here, and so would those that run it the same way with as

@@ -153,7 +153,7 @@ def test_a_phase_that_ran_out_of_memory_is_not_run_so_again() -> None:
         assert isinstance(attempt.outcome, Failure)
         assert attempt.outcome.phase is not None
         plan = attempt.plan
-        left = {p for p in Phase if cost.stays(plan, plan.facts(SDXL), LARGE, p)}
+        left = set(filter(cost.Phases(plan, plan.facts(SDXL), LARGE).stays, Phase))
         key = tuple(
             t.label
             for t in plan.techniques

@@ -28,7 +28,7 @@ def surrogate(budget_bytes: int = gib(80)) -> Surrogate:
 
 
 def step_bytes(of: Plan) -> int:
-    return cost.activation_bytes(of, SDXL, LARGE, Phase.STEP)
+    return cost.Phases(of, SDXL, LARGE).activation_bytes(Phase.STEP)
 
 
 def no_memory(phase: Phase = Phase.DECODE) -> Failure:

@@ -26,7 +26,7 @@ from autofit.spec import (
     Pipeline,
     Plan,
     Role,
-    Slot,
+    Technique,
     Why,
     Workload,
 )
@@ -140,7 +140,7 @@ class World:
         if not plan.placement.is_open:
             return self.truth(plan)
         facts = plan.facts(self.pipeline)
-        live, reserved = self._needs(plan)
+        live, reserved = self._needs(self._phases(plan))
         held_bytes = cost.held_bytes(plan.placement, facts)
         beside_bytes = max(reserved.values()) - held_bytes
         room_bytes = self.budget_bytes - cost.outside_bytes(CARD) - math.ceil(beside_bytes)
@@ -149,7 +149,8 @@ class World:
         return self.truth(plan if placement is None else cost.placed(plan, placement))
 
     def truth(self, plan: Plan) -> Outcome:
-        live, reserved = self._needs(plan)
+        phases = self._phases(plan)
+        live, reserved = self._needs(phases)
         outside_bytes = cost.outside_bytes(CARD)
         # What the decode takes is there from the first image's decode on.
         order = reversed(Phase) if plan.placement.borrows else Phase
@@ -157,7 +158,7 @@ class World:
             needed_bytes = int(reserved[phase]) + outside_bytes
             if needed_bytes > self.budget_bytes:
                 return Failure(Why.OUT_OF_MEMORY, "Tried to allocate", phase, needed_bytes)
-        spent_s = {p: self._seconds(plan, p) for p in Phase}
+        spent_s = {p: self._seconds(phases, p) for p in Phase}
         image_s = spent_s[Phase.ENCODE] + spent_s[Phase.DECODE]
         image_s += self.workload.steps * spent_s[Phase.STEP]
         return Measurement(
@@ -171,15 +172,18 @@ class World:
             non_torch_bytes=outside_bytes,
         )
 
-    def _needs(self, plan: Plan) -> tuple[dict[Phase, float], dict[Phase, float]]:
+    def _phases(self, plan: Plan) -> cost.Phases:
+        return cost.Phases(plan, plan.facts(self.pipeline), self.workload)
+
+    def _needs(self, of: cost.Phases) -> tuple[dict[Phase, float], dict[Phase, float]]:
         """Live and reserved bytes by phase."""
-        facts = plan.facts(self.pipeline)
+        plan, facts = of.plan, of.facts
         weights, bent = {}, {}
         for phase in Phase:
             weights[phase] = cost.weight_bytes(plan, facts, phase)
-            activations = cost.activation_bytes(plan, facts, self.workload, phase)
+            activations = of.activation_bytes(phase)
             bent[phase] = activations * self.bent.activations * self._factor(plan, phase, "b")
-        stay = {p for p in Phase if cost.stays(plan, facts, self.workload, p)}
+        stay = {p for p in Phase if of.stays(p)}
         # What stays of another phase is reserved, and not live.
         taken = {p: sum(bent[q] for q in stay | {p}) for p in Phase}
         live = {p: weights[p] + bent[p] for p in Phase}
@@ -189,21 +193,25 @@ class World:
         reserved[Phase.STEP] -= min(borrowed_bytes, left_bytes)
         return live, reserved
 
-    def _seconds(self, plan: Plan, phase: Phase) -> float:
-        facts, factor = plan.facts(self.pipeline), self._factor(plan, phase, "s")
-        busy_s = cost.compute_s(plan, facts, CARD, self.workload, phase)
-        busy_s *= factor * self.bent.compute
+    def _seconds(self, of: cost.Phases, phase: Phase) -> float:
+        plan, facts, factor = of.plan, of.facts, self._factor(of.plan, phase, "s")
+        busy_s = of.compute_s(CARD, phase) * factor * self.bent.compute
         traffic = plan.placement.traffic(facts, phase)
         moving_s = cost.transfer_s(traffic, facts, CARD, phase) / self.bent.bus
         return max(busy_s, moving_s) if traffic.overlaps else busy_s + factor * moving_s
 
     def _factor(self, plan: Plan, phase: Phase, kind: str) -> float:
         factor = _drawn(self.seed, "all", phase.value, kind)
-        for technique in opened(plan).techniques:
-            touched = phase in technique.effects(self.pipeline, self.workload)
-            if touched or technique.slot is Slot.PLACEMENT:
+        placement = plan.placement.opened
+        for technique in (*plan.techniques[:-1], placement):
+            if technique is placement or phase in _touched(technique, self.pipeline, self.workload):
                 factor *= _drawn(self.seed, technique.label, phase.value, kind)
         return factor
+
+
+@cache
+def _touched(technique: Technique, pipeline: Pipeline, workload: Workload) -> frozenset[Phase]:
+    return frozenset(technique.effects(pipeline, workload))
 
 
 def opened(plan: Plan) -> Plan:
