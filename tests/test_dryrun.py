@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Pipes
 
+from autofit.architectures import build
 from autofit.dryrun import DryRun, memo
 from autofit.roofline import PhaseFacts
 from autofit.spec import BadInput, Phase, Technique, Workload
@@ -120,6 +121,17 @@ class TestBytes:
         assert plain.tensor_bytes - fused.tensor_bytes > scores_bytes
         assert {o.name for o in fused.operations} > {"attention", "rms_norm"}
         assert "attention" not in {o.name for o in plain.operations}
+
+
+def test_leaves_the_pipes_configuration_as_it_was() -> None:
+    """With it a pipe is saved: a component that is out for the run is not out of the pipe."""
+    pipe = build("tiny-sd")
+    pipe.register_modules(safety_checker=pipe.vae)
+    before, parts = dict(pipe.config), pipe.components
+    DryRun(pipe).phases(workload("tiny-sd"))
+    assert dict(pipe.config) == before
+    assert before["safety_checker"] == ("diffusers", "AutoencoderKL")
+    assert all(pipe.components[name] is part for name, part in parts.items())
 
 
 class TestOperations:

@@ -14,7 +14,7 @@ from autofit.dryrun.ghost import Ghost, replace_tensors
 from autofit.dryrun.memo import Latents
 from autofit.dryrun.record import Fused, Key, Recorder, Section
 from autofit.roofline import PhaseFacts
-from autofit.spec import Technique
+from autofit.spec import Role, Technique
 from autofit.techniques.decode import Slices
 from autofit.tiling import Canvas, EvenTiles
 
@@ -31,7 +31,7 @@ class Piece:
 def run_decode(ghost: Ghost, latents: Latents, techniques: Sequence[Technique]) -> PhaseFacts:
     """Decode latents as the techniques leave the VAE to do it."""
     dtype = getattr(torch, latents.dtype)
-    with faked(ghost, techniques), torch.no_grad(), ghost.mode:
+    with faked(ghost, techniques, (Role.VAE,)), torch.no_grad(), ghost.mode:
         vae: Any = anatomy.vae(ghost.pipe)
         replace_tensors(vae, lambda t: dtype if t.is_floating_point() else t.dtype)
         recorder = Recorder()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +16,7 @@ from autofit import anatomy
 from autofit.dryrun.ghost import Ghost, hollow
 from autofit.dryrun.memo import Front, Latents
 from autofit.dryrun.record import Fused, Recorder, Section
-from autofit.spec import BadInput, Technique, Workload
-from autofit.techniques.precision import HalfPrecision
+from autofit.spec import BadInput, Role, Technique, Workload
 from autofit.trial.run import asked_of
 
 
@@ -43,12 +42,13 @@ def run_front(ghost: Ghost, workload: Workload, techniques: Sequence[Technique])
 
 
 @contextmanager
-def faked(ghost: Ghost, techniques: Sequence[Technique]) -> Iterator[None]:
-    """The pipe with fake weights of its dtype, and the techniques that change its operations."""
+def faked(
+    ghost: Ghost, techniques: Sequence[Technique], roles: Collection[Role] = tuple(Role)
+) -> Iterator[None]:
+    """The pipe's components of these roles with fake weights of its dtype, and the techniques that
+    change its operations."""
     with ExitStack() as stack:
-        stack.enter_context(hollow(ghost.pipe, ghost.mode))
-        if ghost.dtype in ("float16", "bfloat16"):
-            stack.enter_context(HalfPrecision(ghost.dtype).applied(ghost.pipe, "cpu"))  # type: ignore[arg-type]
+        stack.enter_context(hollow(ghost, roles))
         for technique in techniques:
             stack.enter_context(technique.applied(ghost.pipe, "cpu"))
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autofit import anatomy
 from autofit.architectures import made
 from autofit.architectures.checkpoint import torch_dtype
-from autofit.spec import BadInput
+from autofit.spec import BadInput, Role
+from autofit.techniques.precision import castable
 
 # Not run: they judge the finished image, or serve inputs that a text prompt does not use.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -150,18 +151,51 @@ class _Tokenizer:
 
 
 @contextmanager
-def hollow(pipe: Any, mode: FakeTensorMode) -> Iterator[None]:
-    """Fake tensors in place of all weights of the pipe; on exit the same weights are back."""
+def hollow(ghost: Ghost, roles: Collection[Role] = tuple(Role)) -> Iterator[None]:
+    """Fake tensors of the ghost's dtype in place of all weights of these roles, and no other
+    component that has weights; on exit all is back."""
+    pipe = ghost.pipe
     with ExitStack() as stack:
-        for name in _UNUSED:
-            if getattr(pipe, name, None) is not None:
-                stack.enter_context(anatomy.attribute(pipe, name, None))
+        for name in anatomy.modules(pipe):
+            if name in _UNUSED or anatomy.role(name) not in roles:
+                stack.enter_context(_taken_out(pipe, name))
         for module in anatomy.modules(pipe).values():
-            stack.enter_context(anatomy.weights_held(module))
+            stack.enter_context(_places_held(module))
             stack.enter_context(anatomy.attribute(module, "to", _caster(module)))
-            with mode:
-                replace_tensors(module, lambda t: t.dtype)
+            with ghost.mode:
+                replace_tensors(module, _dtype_in(module, ghost.dtype))
         yield
+
+
+@contextmanager
+def _taken_out(pipe: Any, name: str) -> Iterator[None]:
+    """The pipe without this component. Set as an attribute, None would be in its configuration for
+    good: diffusers notes what it is given."""
+    found, pipe.__dict__[name] = pipe.__dict__[name], None
+    try:
+        yield
+    finally:
+        pipe.__dict__[name] = found
+
+
+@contextmanager
+def _places_held(module: nn.Module) -> Iterator[None]:
+    """On exit the same tensors are in the same places; nobody has them meanwhile."""
+    found = list(anatomy.tensors(module))
+    try:
+        yield
+    finally:
+        for owner, name, tensor in found:
+            _table(owner, name)[name] = tensor
+
+
+def _dtype_in(module: nn.Module, dtype: str | None) -> Callable[[torch.Tensor], torch.dtype]:
+    """What each weight comes to when the module is cast: made so, it need not be cast."""
+    if dtype not in ("float16", "bfloat16"):
+        return lambda t: t.dtype
+    half = torch_dtype(dtype)
+    cast = {id(tensor) for tensor in castable(module, half)}
+    return lambda t: half if id(t) in cast else t.dtype
 
 
 def _caster(module: nn.Module) -> Any:
@@ -184,5 +218,10 @@ def replace_tensors(module: nn.Module, dtype_of: Any) -> None:
             new = torch.empty(old.shape, dtype=dtype_of(old), device="cpu")
             is_parameter = name in owner._parameters
             made[id(old)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
-        table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
-        table[name] = made[id(old)]
+        _table(owner, name)[name] = made[id(old)]
+
+
+def _table(owner: nn.Module, name: str) -> dict[str, Any]:
+    """Where a module keeps this tensor."""
+    table: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+    return table

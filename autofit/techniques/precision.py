@@ -104,8 +104,13 @@ def _halved(component: Component, dtype: str) -> Component:
     )
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+def castable(module: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The weights that a cast changes."""
     kept = anatomy.kept_in_float32(module, dtype)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if tensor.dtype == torch.float32 and name not in kept:
-            tensor.data = tensor.data.to(dtype)
+    found = module.state_dict(keep_vars=True)
+    return [t for name, t in found.items() if t.dtype == torch.float32 and name not in kept]
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for tensor in castable(module, dtype):
+        tensor.data = tensor.data.to(dtype)
