@@ -99,6 +99,7 @@ def growth(pipe: Any, device: str) -> Iterator[Callable[[], int]]:
             return tracker.live_bytes if tracker else torch.cuda.memory_allocated()
 
         found_bytes = held_bytes()
+        gc.freeze()  # what there was is not looked at again: to collect takes no time
         yield lambda: held_bytes() - found_bytes
 
 
