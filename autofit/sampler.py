@@ -24,7 +24,6 @@ from autofit.spec import (
     Attempt,
     Device,
     Failure,
-    Fidelity,
     Measurement,
     Outcome,
     Phase,
@@ -46,7 +45,7 @@ BOLD_FAILURES = 4  # trials without memory, after which no more such plans are t
 MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
 # After so many hopes in a row that failed, what was never seen is taken as predicted. In the trials
 # of tests/golden at most three failed before a gain; as many as seven did at the end.
-PATIENCE = 4
+PATIENCE = 5
 MAX_NEW = 1  # changes of a phase at a time: what changed is then what made the difference
 NEAR = 1.08  # within this of the budget a plan is tried: predictions err by more
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
@@ -97,7 +96,8 @@ def ranking(attempts: Sequence[Attempt], task: Task) -> list[Attempt]:
 
 def parameters(plan: Plan) -> dict[str, str]:
     """The plan as Optuna sees it: one categorical a slot."""
-    return {s.value: t.label if (t := plan.at(s)) else NONE for s in Slot}
+    labels = {t.slot: t.label for t in plan.techniques}
+    return {slot.value: labels.get(slot, NONE) for slot in Slot}
 
 
 class PlanSampler(BaseSampler):
@@ -346,8 +346,6 @@ class _Choices:
                 self.used[number, column[technique.label]] = 1
         techniques = [known[label] for label in self.labels]
         self.first = np.array([t.slot in FIRST for t in techniques])
-        exact = [t.slot is Slot.EXECUTION and t.fidelity is Fidelity.EXACT for t in techniques]
-        self._plain = self.first | np.array(exact)
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
         placing = [t.slot is Slot.PLACEMENT for t in techniques]
@@ -413,7 +411,7 @@ class _Choices:
         return (self.used @ self._bad) > 0
 
     def plain(self) -> Any:
-        return (self.used @ (~self._plain).astype(np.int16)) == 0
+        return (self.used @ (~self.first).astype(np.int16)) == 0
 
     def setup_s(self) -> Any:
         """Least set-up seen with each choice, of which a plan's slowest decides; and what those

@@ -210,3 +210,13 @@ def test_the_workspace_of_products_is_the_device_s() -> None:
     sizes = [roofline.blas_bytes(replace(ROUND, capability=c)) for c in ((8, 9), (9, 0))]
     assert sizes == [8_519_680, 32 * 2**20]
     assert roofline.blas_bytes(replace(ROUND, kind="cpu", capability=None)) == 0
+
+
+def test_the_share_of_attention_is_of_the_seconds() -> None:
+    """Half of what keeps the device busy, however few of the operations it is."""
+    attention = Operation("attention", "float16", 10**12, 0, 1, 64)
+    busy_s = roofline.operation_s(attention, device())
+    others = Operation("mm", "float16", 0, 0, round(busy_s / roofline.KERNEL_S))
+    facts = PhaseFacts(0, 0, (attention, others))
+    assert roofline.attention_share(facts, device()) == pytest.approx(0.5, rel=0.02)
+    assert roofline.attention_share(PhaseFacts(0, 0, ()), device()) == 0.0

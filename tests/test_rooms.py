@@ -117,7 +117,7 @@ def test_streaming_wins_among_all_plans(case: str, budget: int, name: str) -> No
     assert plan.placement.name == "streamed"
     # The fastest borrows what a larger tile takes, or another format, which by its luck in these
     # worlds is a fifth less than predicted: no trial speaks for it.
-    assert outcome.image_s <= (1.09 if case == "sdxl" else 1.07) * min(every)
+    assert outcome.image_s <= (1.15 if case == "sdxl" else 1.07) * min(every)
     assert len(found.attempts) <= 12
     assert len(set(world.calls)) == len(world.calls)
 
@@ -279,7 +279,9 @@ def test_a_plan_fitted_to_a_budget_is_predicted_to_fill_it() -> None:
     plan = cost.fitted(ALONE, FLUX, CARD, FLUX_LARGE, gib(12))
     assert plan is not None
     peak_bytes = cost.predict(plan, FLUX, CARD, FLUX_LARGE).peak_bytes
-    assert peak_bytes == pytest.approx(gib(12) * (1 - cost.MARGIN), abs=2)
+    beside_bytes = peak_bytes - held_bytes(plan)
+    free_bytes = gib(12) * cost.MARGIN + beside_bytes * cost.UNSEEN
+    assert peak_bytes == pytest.approx(gib(12) - free_bytes, abs=2)
     assert cost.fitted(ALONE, FLUX, CARD, FLUX_LARGE, gib(2)) is None
     resident = next(p for p in legal_plans(FLUX, CARD, FLUX_LARGE) if p.label == "resident")
     assert cost.fitted(resident, FLUX, CARD, FLUX_LARGE, gib(2)) is resident

@@ -32,6 +32,9 @@ from autofit.spec import (
     Slot,
     Why,
 )
+from autofit.techniques.attention import SdpaKernel
+from autofit.techniques.cuda_graph import CudaGraph
+from autofit.techniques.placement import Resident
 from autofit.techniques.space import legal_plans
 
 PLANS = legal_plans(SDXL, CARD, LARGE)
@@ -66,8 +69,8 @@ def test_finds_nearly_the_fastest_of_all_plans() -> None:
             best = within(found.attempts, budget_bytes)
             regrets.append(asked.objective_s(best) / least_s)
             assert len(found.attempts) <= 25 < len(PLANS) / 20
-    assert statistics.mean(regrets) <= 1.07
-    assert max(regrets) <= 1.25
+    assert statistics.mean(regrets) <= 1.05
+    assert max(regrets) <= 1.2
 
 
 def test_what_was_tried_for_a_larger_budget_is_known() -> None:
@@ -84,7 +87,7 @@ def test_what_was_tried_for_a_larger_budget_is_known() -> None:
             if known:
                 alone, informed = alone + len(again.calls), informed + len(world.calls)
             known = found.attempts
-    assert informed <= 0.6 * alone
+    assert informed <= 0.9 * alone
     assert statistics.mean(times) <= 1.01
     assert max(times) <= 1.15
 
@@ -402,3 +405,29 @@ def test_prefers_the_faithful_of_two_that_are_as_fast() -> None:
     lossy = next(p for p in PLANS if p.fidelity is Fidelity.LOSSY)
     pair = [Attempt(lossy, base), Attempt(EXACT[0], base)]
     assert ranking(pair, task(gib(24)))[0].plan is EXACT[0]
+
+
+def test_a_kernel_of_attention_may_gain_half_of_what_attention_takes() -> None:
+    kernel, graph = SdpaKernel("cudnn"), CudaGraph()
+    plain = cost.Plain(0, 1.0, attention_share=0.2)
+    basis = {("float16", Phase.STEP): plain, ("float16", Phase.DECODE): replace(plain)}
+    assert cost.hope(kernel, basis) == pytest.approx(0.5 * 0.2)
+    assert cost.hope(kernel, {}) == kernel.hope
+    assert cost.hope(graph, basis) == graph.hope
+    assert cost.hope(Resident(), basis) < graph.hope
+
+
+def test_once_measured_a_plan_leaves_the_margin_alone() -> None:
+    """Its first trial goes by a prediction, and leaves more."""
+    plan = next(p for p in EXACT if p.label == "streamed")
+    world, sampler = World(gib(8), 0), PlanSampler(task(gib(8), EXACT))
+    peaks_bytes = []
+    for _ in range(2):
+        completed = sampler.completed(plan)
+        outcome = world.measure(completed, None)
+        assert isinstance(outcome, Measurement)
+        sampler.learn(completed, outcome)
+        peaks_bytes.append(outcome.peak_bytes)
+    first_bytes, second_bytes = peaks_bytes
+    assert second_bytes == pytest.approx(gib(8) * (1 - cost.MARGIN), abs=2)
+    assert first_bytes != second_bytes

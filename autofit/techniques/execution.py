@@ -203,7 +203,7 @@ class RegionalCompile(Technique):
         return _no_compiler(device)
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        return {Phase.STEP: Effect(seconds=0.72, activations=0.95)}
+        return {Phase.STEP: Effect(seconds=0.72, activations=0.9)}
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
