@@ -19,12 +19,12 @@ REACHED = {
     "sd15--H100--4GiB": 0.98,
     "sd15--H200--8GiB": 0.98,
     "sdxl--H100--12GiB": 0.95,
+    "sdxl--H100--4GiB": None,
     "sdxl--H100--6GiB": None,
-    "sdxl--H100--8GiB": 0.93,
+    "sdxl--H100--8GiB": 0.95,
     "sdxl--H200--12GiB": 1.0,
     "sdxl--H200--4GiB": None,
     "sdxl--H200--6GiB": None,
-    "sdxl--H200--8GiB": 0.74,
 }
 NOWHERE = Environment("", None, 0, "emulated", {})
 
