@@ -144,7 +144,7 @@ def test_with_it_more_weights_are_there_in_the_same_memory(budget: int) -> None:
         plan = cost.fitted(Plan((opened,)), FLUX, CARD, workload, budget_bytes, basis)
         assert plan is not None
         predicted = cost.predict(plan, FLUX, CARD, workload, basis)
-        assert 0.98 * budget_bytes <= predicted.peak_bytes <= budget_bytes
+        assert 0.95 * budget_bytes <= predicted.peak_bytes <= budget_bytes
         plans.append(plan)
     without, borrows = (p.placement.resident_bytes(FLUX, Phase.STEP) for p in plans)
     more_bytes = 1.5 * GIB  # than a step takes, a decode does

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _LEAVES = (int, float, str, torch.dtype, torch.device, torch.Size, torch.memory_format)
+_NEVER: Any = (None, lambda: None)
 _ATTRIBUTES = ("__get__", "__set__", "size", "dim", "stride", "numel", "is_floating_point")
 
 
@@ -90,7 +91,8 @@ class _Fetch:
     ) -> None:
         self._weights, self._record, self._running = weights, record, running
         self._device = device
-        self._fetched: dict[int, tuple[nn.Parameter, Any]] = {}  # by storage, while it lives
+        # By storage. Without a callback when one goes: an interrupt in it would be lost.
+        self._fetched: dict[int, tuple[nn.Parameter, Any]] = {}
 
     def __call__(self, arguments: Any) -> Any:
         """As ``tree_map_only`` would, but quick for what operations are mostly given."""
@@ -111,8 +113,9 @@ class _Fetch:
             parameter, host = self._weights[storage]
             self._note(parameter)
             return self._copy(parameter, host)
-        if storage in self._fetched:
-            self._note(self._fetched[storage][0])
+        parameter, alive = self._fetched.get(storage, _NEVER)
+        if alive() is not None:  # else another storage has its address by now
+            self._note(parameter)
         return tensor
 
     def _note(self, parameter: nn.Parameter) -> None:
@@ -122,9 +125,7 @@ class _Fetch:
         """A copy of its own also on the CPU, and like the parameter in all that torch goes by."""
         copied = host.to(self._device, copy=True).requires_grad_(parameter.requires_grad)
         storage = copied.untyped_storage()
-        key = storage._cdata
-        gone = weakref.ref(storage, lambda _: self._fetched.pop(key, None))
-        self._fetched[key] = parameter, gone
+        self._fetched[storage._cdata] = parameter, weakref.ref(storage)
         return copied
 
 
