@@ -93,8 +93,8 @@ class Rooms:
         decode_bytes = np.where(lent, np.minimum(decode_bytes, self._borrowed_bytes), decode_bytes)
         unused_bytes = np.maximum(0, self._borrowed_bytes - decode_bytes)
         beside_bytes = np.where(seen, self._beside_bytes - unused_bytes, beside_bytes)
-        free_bytes = np.where(seen, 0.0, cost.UNSEEN * beside_bytes)
-        left_bytes = self._budget_bytes * (1 - cost.MARGIN) - beside_bytes - free_bytes
+        aside_bytes = np.where(seen, 1.0, 1 + cost.UNSEEN) * beside_bytes
+        left_bytes = self._budget_bytes * (1 - cost.MARGIN) - aside_bytes
         wanted = np.minimum(left_bytes, self._high)
         rooms = np.maximum(wanted, self.least_bytes).astype(int)
         # The decode may take less than predicted: not all of that is borrowed where it is short.

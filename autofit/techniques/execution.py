@@ -50,7 +50,7 @@ class TracedDenoiser(Technique):
     name: ClassVar[str] = "traced"
     slot: ClassVar[Slot] = Slot.EXECUTION
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC
-    hope: ClassVar[float] = 0.1
+    hope: ClassVar[float] = 0.1  # a graph launches the same kernels with less
     # In tests/golden SDXL's set-up took 4.35 s where it took 1.30 s without.
     setup_s: ClassVar[float] = 3.0
 
@@ -186,7 +186,7 @@ class RegionalCompile(Technique):
     name: ClassVar[str] = "regional_compile"
     slot: ClassVar[Slot] = Slot.EXECUTION
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC
-    hope: ClassVar[float] = 0.1
+    hope: ClassVar[float] = 0.1  # a graph launches the same kernels with less
     # With the code in the cache: in tests/golden the set-up of SDXL's graph took 2.5 to 3.1 s with
     # compiled blocks and 1.6 s without. With an empty cache it took 10 s more, SD 1.5's 21 s.
     setup_s: ClassVar[float] = 1.2

@@ -43,7 +43,7 @@ class ChunkedFeedForward(Technique):
     slot: ClassVar[Slot] = Slot.FEED_FORWARD
     # The same arithmetic, but products with fewer rows may take other kernels.
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC
-    hope: ClassVar[float] = 0.05
+    hope: ClassVar[float] = 0.05  # it is for the memory, and computes the same
 
     tokens: int
 

@@ -21,7 +21,7 @@ class TwoPasses(Technique):
     slot: ClassVar[Slot] = Slot.GUIDANCE
     # The same arithmetic, but a batch of another size may take other kernels.
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC
-    hope: ClassVar[float] = 0.05
+    hope: ClassVar[float] = 0.05  # two halves take no less than the whole
 
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         return None if pipeline.batched_guidance else f"{pipeline.cls} does not batch its guidance"
