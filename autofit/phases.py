@@ -110,7 +110,7 @@ class Corrected:
     def learn_at_most(self, row: int, value: float) -> None:
         if self.values()[row] > value:
             self._learn_bound(row, value)
-        self.at_most[row] = not self.is_measured(row)
+            self.at_most[row] = not self.is_measured(row)
 
     def _learn_bound(self, row: int, value: float) -> None:
         self._seen[row].clear()

@@ -42,7 +42,7 @@ FAR = (
 )
 BIG_GAIN = 0.8
 BOLD_FAILURES = 4  # trials without memory, after which no more such plans are tried
-MIN_GAIN = 0.015  # a plan must be predicted this much faster than the best to be worth a trial
+MIN_GAIN = 0.025  # a plan must be predicted this much faster than the best to be worth a trial
 # After so many hopes in a row that failed, what was never seen is taken as predicted. In the trials
 # of tests/golden at most three failed before a gain; as many as seven did at the end.
 PATIENCE = 5
@@ -359,7 +359,10 @@ class _Choices:
         self._bad = np.zeros(len(self.labels), dtype=np.int16)
         self._doubted = np.zeros(len(self.labels), dtype=np.int16)
         self._stated_s = np.array([t.setup_s for t in techniques])
-        self._setup_s = np.full(len(self.labels), np.inf)
+        placements = [plan.placement.name for plan in plans]
+        kinds = list(dict.fromkeys(placements))
+        self._placement = np.array([kinds.index(name) for name in placements])
+        self._setup_s = np.full((len(kinds), len(self.labels)), np.inf)
 
     def learn(self, number: int, outcome: Outcome) -> None:
         mine = self.used[number] == 1
@@ -371,7 +374,8 @@ class _Choices:
         self._unseen[mine] = 0
         if isinstance(outcome, Measurement):
             self._untimed[mine] = 0
-            self._setup_s[mine] = np.minimum(self._setup_s[mine], outcome.warmup_s)
+            alike = self._setup_s[self._placement[number]]
+            alike[mine] = np.minimum(alike[mine], outcome.warmup_s)
         elif not ran_out(outcome):
             # Its steps were too slow, perhaps by what is new in them: it never decoded.
             untimed = mine & (self._untimed == 1)
@@ -415,7 +419,10 @@ class _Choices:
 
     def setup_s(self) -> Any:
         """Least set-up seen with each choice, of which a plan's slowest decides; and what those
-        that were never seen state to add to it."""
-        seen = np.isfinite(self._setup_s)
-        least_s = (self.used * np.where(seen, self._setup_s, 0.0)).max(axis=1)
-        return least_s + self.used @ np.where(seen, 0.0, self._stated_s)
+        that were never seen state to add to it. What has to be placed differs most: with the same
+        kind of placement, where it was seen so."""
+        least_s = self._setup_s.min(axis=0)
+        seen = np.isfinite(least_s)
+        alike_s = self._setup_s[self._placement]
+        seen_s = np.where(np.isfinite(alike_s), alike_s, np.where(seen, least_s, 0.0))
+        return (self.used * seen_s).max(axis=1) + self.used @ np.where(seen, 0.0, self._stated_s)

@@ -343,6 +343,7 @@ class Placement(Technique):
 
     slot: ClassVar[Slot] = Slot.PLACEMENT
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+    hope: ClassVar[float] = 0.05  # transfers are arithmetic, and all placements compute the same
 
     @property
     def is_open(self) -> bool:

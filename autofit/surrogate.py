@@ -9,6 +9,7 @@ transfers are arithmetic: they follow from the weights that the budget leaves ro
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,6 +39,8 @@ BUS_BOUND = 1.1  # a phase that takes up to this times its transfers waited for 
 # Up to this it may have: layers that compute long and have few weights leave the bus idle. On an
 # H100 steps of SDXL, captured in a graph, took 1.16 times their transfers with 1.5 GB of weights.
 MAY_BE_BUS_BOUND = 1.4
+# Up to this, other plans are taken to leave it as idle; what takes longer may be compute.
+IDLE_BOUND = 1.3
 
 
 class Surrogate:
@@ -56,6 +59,9 @@ class Surrogate:
         self._open_fragmentation: list[float] = []
         self._outside_bytes = float(cost.outside_bytes(device))
         self._bus_shares: list[float] = []  # of the probed rate, seen where the bus was waited for
+        # Of steps that may have waited for the bus, by row of their table: seconds of their
+        # transfers, and their own.
+        self._waits: dict[int, list[tuple[float, float]]] = defaultdict(list)
         self._fits: Fits | None = None
 
     # What it predicts
@@ -120,8 +126,27 @@ class Surrogate:
             bus_s = np.minimum(seconds, table.bus_s[table.index] / share)
             bus_s[numbers] = 0.0  # with the least weights; what follows has them as fitted
             seconds = np.maximum((1 - np.maximum(hope, unwaited)) * seconds, bus_s)
-        seconds[numbers] = np.maximum(seconds[numbers], self.fits().transfer_s(phase) / share)
+        moving_s = self.fits().transfer_s(phase) / share
+        if phase is Phase.STEP:
+            moving_s = np.where(moving_s > 0, moving_s + self._idle_s(hope)[numbers], 0.0)
+        seconds[numbers] = np.maximum(seconds[numbers], moving_s)
         return seconds
+
+    def _idle_s(self, hope: Floats | float | None) -> Floats:
+        """Seconds of every plan's step in which the bus has nothing to do: layers that compute long
+        and have few weights leave it idle, and what follows waits. As seen with these layers run in
+        the same way; else as large a part of the compute as was seen at least."""
+        table, share = self.tables[Phase.STEP], self._bus_share()
+        seconds: Floats = table.seconds.values()
+        idle_s = {
+            row: [max(0.0, spent_s - moving_s / share) for moving_s, spent_s in waits]
+            for row, waits in self._waits.items()
+        }
+        parts = [min(found) / seconds[row] for row, found in idle_s.items()]
+        every = min(parts, default=0.0) * seconds
+        for row, found in idle_s.items():
+            every[row] = statistics.median(found)
+        return every[table.index] * (1 - (0.0 if hope is None else hope))
 
     def _bus_share(self) -> float:
         return statistics.median(self._bus_shares) if self._bus_shares else 1.0
@@ -191,6 +216,8 @@ class Surrogate:
             table.seconds.learn(row, spent_s)
             return
         table.seconds.learn_at_most(row, spent_s)
+        if phase is Phase.STEP and spent_s <= IDLE_BOUND * waited_s:
+            self._waits[row].append((moving_s, spent_s))
         # The other phases are short: their starts count in them.
         if phase is Phase.STEP and spent_s <= BUS_BOUND * waited_s:
             self._bus_shares.append(moving_s / spent_s)

@@ -9,8 +9,9 @@ from samples import device
 
 from autofit.architectures import build
 from autofit.probe.pipeline import facts
-from autofit.spec import Workload
+from autofit.spec import Phase, Plan, Workload
 from autofit.techniques.guidance import TwoPasses
+from autofit.techniques.placement import SequentialOffload
 
 GUIDED = ["tiny-sd", "tiny-sdxl", "tiny-sd3"]
 
@@ -102,3 +103,13 @@ def test_why_not_and_why_pointless() -> None:
     assert TwoPasses().why_not(flux, device(), guided) == "FluxPipeline does not batch its guidance"
     assert TwoPasses().why_pointless(pipeline, device(), guided) is None
     assert TwoPasses().why_pointless(pipeline, device(), plain) is not None
+
+
+def test_what_streams_streams_in_each_pass() -> None:
+    pipeline = facts(build("tiny-sd"))
+    placement = SequentialOffload()
+    once, twice = (
+        placement.traffic(Plan(plan).facts(pipeline), Phase.STEP).pageable_bytes
+        for plan in ((placement,), (TwoPasses(), placement))
+    )
+    assert twice == 2 * once > 0

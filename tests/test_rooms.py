@@ -53,6 +53,7 @@ BENT = {
     "compute / 3, fragments": Bent(compute=1 / 3, reserved=1.4),
 }
 ALONE = Plan((STREAMED,))
+KERNEL = "sdpa(kernel=cudnn) + streamed"
 TILED = next(
     p
     for p in legal_plans(FLUX, CARD, FLUX_LARGE)
@@ -117,7 +118,7 @@ def test_streaming_wins_among_all_plans(case: str, budget: int, name: str) -> No
     assert plan.placement.name == "streamed"
     # The fastest borrows what a larger tile takes, or another format, which by its luck in these
     # worlds is a fifth less than predicted: no trial speaks for it.
-    assert outcome.image_s <= (1.15 if case == "sdxl" else 1.07) * min(every)
+    assert outcome.image_s <= (1.2 if case == "sdxl" else 1.08) * min(every)
     assert len(found.attempts) <= 12
     assert len(set(world.calls)) == len(world.calls)
 
@@ -199,12 +200,38 @@ def test_learns_the_compute_where_it_bounds_and_the_bus_where_that_does(
     plan = cost.placed(ALONE, placement)
     surrogate.learn(0, plan, world.truth(plan), None)
     step = surrogate.tables[Phase.STEP].seconds
-    assert (step.is_measured(0), step.at_most[0]) == (not bus_bound, bus_bound)
+    assert step.is_measured(0) is not bus_bound
+    assert not step.at_most[0]  # the prediction is below: that it waited for the bus tells nothing
     again = surrogate.placement(0)
     assert again is not None
     outcome = world.truth(cost.placed(ALONE, again))
     assert isinstance(outcome, Measurement)
     assert surrogate.image_s()[0] == pytest.approx(outcome.image_s, rel=0.01)
+
+
+def test_a_step_that_the_bus_left_idle_is_not_faster_in_another_plan() -> None:
+    """Its transfers took most of it: what other layers compute while nothing moves is as long."""
+    kernel = next(p for p in legal_plans(FLUX, CARD, FLUX_LARGE) if p.label == KERNEL)
+    surrogate = Surrogate([ALONE, kernel], FLUX, CARD, FLUX_LARGE, gib(12), {})
+    placement = surrogate.placement(0)
+    assert placement is not None
+    plan = cost.placed(ALONE, placement)
+    moving_s = cost.transfer_s(placement.traffic(FLUX, Phase.STEP), FLUX, CARD, Phase.STEP)
+    spent_s = 1.2 * moving_s
+    truth = World(gib(12), 1, FLUX_LARGE, FLUX).truth(plan)
+    assert isinstance(truth, Measurement)
+    others_s = truth.encode_s + truth.decode_s
+    waited = replace(truth, step_s=(spent_s,) * 4, image_s=others_s + FLUX_LARGE.steps * spent_s)
+    surrogate.learn(0, plan, waited, None)
+    for number, seconds in enumerate(surrogate.image_s()):
+        placement = surrogate.placement(number)
+        assert placement is not None
+        traffic = placement.traffic(FLUX, Phase.STEP)
+        step_s = cost.transfer_s(traffic, FLUX, CARD, Phase.STEP) + spent_s - moving_s
+        assert seconds == pytest.approx(others_s + FLUX_LARGE.steps * step_s, rel=0.01)
+    # What speeds the compute up shortens that part alone.
+    hoped = surrogate.image_s(dict.fromkeys(Phase, 0.1)) / surrogate.image_s()
+    assert 0.97 < hoped[1] < 0.99
 
 
 def test_activations_are_exact_whatever_the_room() -> None:

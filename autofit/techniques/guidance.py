@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from autofit import anatomy
@@ -28,6 +28,9 @@ class TwoPasses(Technique):
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         return "one pass a step: no guidance to split" if workload.passes == 1 else None
+
+    def facts(self, pipeline: Pipeline) -> Pipeline:
+        return replace(pipeline, batched_guidance=False)  # what streams, streams in each pass
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         return {Phase.STEP: Effect(seconds=1.04, activations=0.5)}

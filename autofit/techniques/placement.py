@@ -41,7 +41,6 @@ class Resident(Placement):
     """
 
     name: ClassVar[str] = "resident"
-    hope: ClassVar[float] = 0.05  # it computes what all placements do
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:

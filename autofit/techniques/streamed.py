@@ -47,7 +47,6 @@ class Streamed(Placement):
     """
 
     name: ClassVar[str] = "streamed"
-    hope: ClassVar[float] = 0.05  # its transfers are arithmetic, and it computes what all do
 
     weights_bytes: int | None = None
     unit_bytes: int | None = None
