@@ -62,7 +62,8 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
     outcome = plain(evidence.outcome)
     if isinstance(evidence.outcome, Measurement):
         return {"measured": outcome, "on": plain(evidence.on)}
-    del outcome["detail"]
+    for key in ("detail", "step_s"):  # a whole run is not ended for being slow
+        del outcome[key]
     return {"failure": outcome, "on": plain(evidence.on)}
 
 

@@ -503,12 +503,14 @@ class Why(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """A trial without a measurement is a result too. ``phase`` is where it ended, when known."""
+    """A trial without a measurement is a result too. ``phase`` is where it ended, when known;
+    ``step_s`` the seconds that a step took, where it ended for being slow."""
 
     why: Why
     detail: str
     phase: Phase | None = None
     needed_bytes: int | None = None
+    step_s: float | None = None
 
 
 Outcome = Measurement | Failure

@@ -171,7 +171,9 @@ class Surrogate:
             self._learn_measurement(number, plan, outcome)
         elif outcome.why is Why.OUT_OF_MEMORY:
             self._learn_no_memory(number, plan, outcome)
-        elif outcome.why is Why.TOO_SLOW and best_s is not None:
+        elif outcome.why is Why.TOO_SLOW and outcome.step_s is not None:
+            self._learn_seconds(number, plan, Phase.STEP, outcome.step_s)
+        elif outcome.why is Why.TOO_SLOW and best_s is not None:  # in studies of before
             self._learn_too_slow(number, best_s)
         if number in self._rooms.index:
             self._rooms.learn(number, self._room(number, plan), outcome)

@@ -62,11 +62,16 @@ class Cuda:
         )
         self._C = SimpleNamespace(
             _cuda_clearCublasWorkspaces=lambda: self.calls.append("clear"),
+            _cuda_beginAllocateCurrentThreadToPool=lambda device, pool: self.calls.append(
+                f"begin {pool}"
+            ),
             _cuda_endAllocateToPool=self._end_allocation,
             _cuda_releasePool=lambda device, pool: self.calls.append(f"release {pool}"),
         )
 
     nn = torch.nn
+    Tensor = torch.Tensor
+    clone = torch.clone
 
     def ones(self, *size: int, device: Any) -> torch.Tensor:
         self.calls.append("workspaces")
@@ -138,6 +143,23 @@ def test_work_is_rehearsed_watched_and_captured(cuda: Cuda) -> None:
     assert cuda.calls[-3:] == ["synchronize", "reset", "reset"]
     capturer.release()
     assert cuda.calls[-3:] == ["synchronize", "reset", "reset"]
+
+
+def test_the_next_work_runs_in_the_memory_of_the_graphs(cuda: Cuda) -> None:
+    capturer, seen = Capturer(torch.device("cuda:0")), torch.ones(2)
+    assert capturer.run(lambda: seen) is seen  # none was captured
+    capturer.capture(lambda: None, Still())
+    pool = "the first graph's pool"
+    shared = ["clear", f"begin {pool}", "work", f"end {pool}", f"release {pool}", "clear"]
+    for use in (capturer.run, lambda work: capturer.capture(work, Still())):
+        cuda.calls.clear()
+        use(lambda: cuda.calls.append("work"))
+        rehearsed = [call for call in cuda.calls if not call.startswith("sync")]
+        rehearsed.remove("work") if rehearsed.count("work") > 1 else None
+        assert rehearsed[1 : 1 + len(shared)] == shared
+    copied = capturer.run(lambda: {"sample": seen})["sample"]
+    assert copied is not seen
+    assert copied.equal(seen)
 
 
 def test_work_that_waits_is_not_captured(cuda: Cuda) -> None:
@@ -300,3 +322,25 @@ def test_the_memory_of_graphs_stays_until_the_undo(resident: Any) -> None:
             assert reserved_bytes() > before
         # cuBLAS keeps a workspace for each stream that it was called on
         assert reserved_bytes() <= before + 2**26
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny-sdxl"])
+def test_a_smaller_size_needs_no_memory_beside_the_larger_one(resident: Any) -> None:
+    """Captured, or run as it is: what the larger one's graph reserved serves both."""
+
+    def peak_bytes(size: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        images[size] = _latents(resident, size=size).cpu()
+        return torch.cuda.max_memory_reserved()
+
+    images: dict[int, torch.Tensor] = {}
+    with CudaGraph().applied(resident, "cuda:0"):
+        _latents(resident, size=512)
+        large_bytes = peak_bytes(512)  # a replay
+        sizes = [64 * n for n in range(MAX_GRAPHS + 2, 0, -1)]
+        for size in sizes:
+            assert peak_bytes(size) <= large_bytes + 2**22, size
+        for size, image in list(images.items()):
+            assert torch.equal(_latents(resident, size=size).cpu(), image), size

@@ -52,6 +52,9 @@ class Capturer:
 
         return replay, (outputs, spec)
 
+    def run(self, work: Callable[[], Any]) -> Any:
+        return work()
+
     def release(self) -> None:
         self.releases += 1
         self.outputs.clear()

@@ -232,6 +232,25 @@ def test_tiles_of_slices(pipe: Any) -> None:
     assert [shape[0] for shape in calls] == [1] * 4  # two tiles an image
 
 
+def test_small_images_fill_no_more_than_a_tile_at_once() -> None:
+    """Else a plan for one large image would lack the memory for a batch of small ones."""
+    torch.manual_seed(0)
+    pipe = SimpleNamespace(components={"vae": kl().eval()})
+    pipe.vae = pipe.components["vae"]
+    small, large = _images(pipe, 5, 4, 6, 5), _images(pipe, 2, 4, 12, 8)
+    whole, _ = _decoded(pipe, small)
+    with TiledVae(64, 0.25).applied(pipe, "cpu"):
+        images, calls = _decoded(pipe, small)
+        _, tiles = _decoded(pipe, large)
+    assert [shape[0] for shape in calls] == [2, 2, 1]  # 8 x 8 positions hold two of 6 x 5
+    assert torch.allclose(images, whole, atol=1e-5)
+    assert [shape[0] for shape in tiles] == [2, 2]
+    pipe.vae.use_slicing = True
+    with TiledVae(64, 0.25).applied(pipe, "cpu"):
+        _, calls = _decoded(pipe, small)
+    assert [shape[0] for shape in calls] == [1] * 5
+
+
 def test_tiles_of_a_half_precision_image_are_half_precision(pipe: Any) -> None:
     pipe.vae.to(torch.bfloat16)
     with TiledVae(64, 0.25).applied(pipe, "cpu"):

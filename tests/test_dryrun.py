@@ -17,6 +17,7 @@ from conftest import Pipes
 
 from autofit.architectures import build
 from autofit.dryrun import DryRun, memo
+from autofit.dryrun.decode import Piece
 from autofit.roofline import PhaseFacts
 from autofit.spec import BadInput, Phase, Technique, Workload
 from autofit.techniques import KINDS
@@ -41,6 +42,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
     memo.forget()
     return tmp_path / "cache" / "dryrun"
+
+
+def whole(decoder: Any, latents: torch.Tensor) -> Piece:
+    """All that the VAE's own ``decode`` does, under the recorder."""
+    with decoder.recorder.part() as section:
+        made = decoder.vae.decode(latents).sample
+    return Piece(section, tuple(made.shape), made.untyped_storage().nbytes())
 
 
 def workload(model: str, size: tuple[int, int, int] = SMALL) -> Workload:
@@ -164,7 +172,7 @@ class TestOperations:
             memo.forget()
             monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "another"))
             # Untouched by the composer: all slices run, one by one, under the recorder.
-            monkeypatch.setattr("autofit.dryrun.decode._Decoder.decode", lambda s, z: s._run(z))
+            monkeypatch.setattr("autofit.dryrun.decode._Decoder.decode", whole)
             true = DryRun(pipes["tiny-sd"]).phases(asked, [sliced])[Phase.DECODE]
         finally:
             pipes["tiny-sd"].vae.use_slicing = False
@@ -187,7 +195,7 @@ class TestOperations:
         memo.forget()
         monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path / "another"))
         # Untouched by the composer: all tiles run, one by one, under the recorder.
-        monkeypatch.setattr("autofit.dryrun.decode._Decoder._images", lambda s, z: s._run(z))
+        monkeypatch.setattr("autofit.dryrun.decode._Decoder._images", whole)
         true = DryRun(pipes["tiny-sd"]).phases(asked, [tiled])[Phase.DECODE]
         assert composed.flops == true.flops
         assert composed.launches == true.launches

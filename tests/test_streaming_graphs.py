@@ -78,6 +78,9 @@ class Tape(TorchDispatchMode):
 
         return replay, result
 
+    def run(self, work: Callable[[], Any]) -> Any:
+        return work()
+
     def release(self) -> None:
         self._operations = []
 

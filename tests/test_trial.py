@@ -150,6 +150,8 @@ class TestInProcess:
         outcome = measurer.measure(Request(RESIDENT, workload, None, give_up_s=1e-3))
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.TOO_SLOW
+        assert outcome.step_s is not None
+        assert 0 < outcome.step_s < 10
 
     def test_compares_with_the_reference(self, measurer: InProcess, tmp_path: Path) -> None:
         image = tmp_path / "reference.npz"

@@ -134,7 +134,8 @@ class World:
         self.calls.append(plan)
         outcome = self.truth(plan)
         if isinstance(outcome, Measurement) and give_up_s and outcome.image_s > give_up_s:
-            return Failure(Why.TOO_SLOW, "its steps show that it cannot win", Phase.STEP)
+            detail = "its steps show that it cannot win"
+            return Failure(Why.TOO_SLOW, detail, Phase.STEP, step_s=outcome.step_s[0])
         return outcome
 
     def best(self, plan: Plan) -> Outcome:

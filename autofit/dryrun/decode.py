@@ -64,7 +64,7 @@ class _Decoder:
         """The batch, or slices of it, or one image after another and then all in one tensor."""
         slices = vars(self.vae).get("decode")
         if isinstance(slices, Slices):
-            return self._slices(z, slices.images)
+            return self._slices(z, slices.images(z))
         if not (getattr(self.vae, "use_slicing", False) and z.shape[0] > 1):
             return self._images(z)
         one, count = self._images(z[:1]), z.shape[0]
@@ -107,8 +107,10 @@ class _Decoder:
         return self._tiles(z, even)
 
     def _run(self, z: torch.Tensor) -> Piece:
+        slices = vars(self.vae).get("decode")
+        decode = slices.at_once if isinstance(slices, Slices) else self.vae.decode
         with self.recorder.part() as section:
-            made = self.vae.decode(z).sample
+            made = decode(z).sample
         return Piece(section, tuple(made.shape), made.untyped_storage().nbytes())
 
     def _tiles(self, z: torch.Tensor, even: EvenTiles) -> Piece:

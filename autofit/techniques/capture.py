@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
-from autofit.lazy import torch
+from autofit.lazy import pytree, torch
 
 Result = TypeVar("Result")
 _WAITS = "called a synchronizing CUDA operation"
@@ -65,7 +65,8 @@ class Capturer:
     def capture(
         self, work: Callable[[], Result], weights: Weights
     ) -> tuple[Callable[[], None], Result]:
-        """Run ``work`` twice, then capture it. Returns the replay, and what ``work`` returned in
+        """Run ``work`` twice, then capture it; all in the memory of the graphs before, which need
+        it no more than one at a time. Returns the replay, and what ``work`` returned in
         the capture: each replay writes the same tensors anew. ``weights.begin`` comes before it.
 
         Raises:
@@ -78,9 +79,10 @@ class Capturer:
         try:
             # Puts the current stream back too: torch.cuda.graph does not where a capture fails.
             with torch.cuda.stream(self._stream):
-                work()  # libraries load, blocks are compiled
-                with _waits_noted() as waits:
-                    work()
+                with self._shared(self._stream):
+                    work()  # libraries load, blocks are compiled
+                    with _waits_noted() as waits:
+                        work()
                 if waits:
                     raise NotCapturable(f"{waits[0]} waits for the device during a forward")
                 weights.begin()
@@ -91,6 +93,37 @@ class Capturer:
         self._take_workspaces()
         self._graphs.append(graph)
         return graph.replay, result
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` as it is, in the memory of the graphs, where there are any: none of them
+        runs meanwhile. Returns copies of its tensors, which the next replay does not touch."""
+        if self._stream is None or not self._graphs:
+            return work()
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream), self._shared(self._stream):
+                result = work()
+        finally:
+            here.wait_stream(self._stream)
+        copies: Result = pytree.tree_map_only(torch.Tensor, torch.clone, result)
+        return copies
+
+    @contextmanager
+    def _shared(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """Inside, memory is taken from the pool of the graphs, as ``torch.cuda.use_mem_pool`` takes
+        it from a pool that no graph has made."""
+        if not self._graphs:
+            yield
+            return
+        device, pool = stream.device.index, self._graphs[0].pool()
+        with _own_workspaces():
+            torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+            try:
+                yield
+            finally:
+                torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
 
     def _captured(
         self, work: Callable[[], Result], weights: Weights, stream: torch.cuda.Stream

@@ -113,9 +113,12 @@ class _Graphs:
         self._told: set[str] = set()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._is_plain():
+            return self._found(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        graph = self._graph(leaves, spec) if self._is_plain() else None
-        return graph.run(leaves) if graph else self._found(*args, **kwargs)
+        if graph := self._graph(leaves, spec):
+            return graph.run(leaves)
+        return self._capturer.run(lambda: self._found(*args, **kwargs))
 
     def drop(self) -> None:
         self._capturer.release()  # before what a graph has inside goes away

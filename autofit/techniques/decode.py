@@ -76,14 +76,16 @@ class SlicedVae(Technique):
         if self.images == 1:
             sliced = anatomy.attribute(vae, "use_slicing", True)
         else:
-            sliced = anatomy.attribute(vae, "decode", Slices(vae, vae.decode, self.images))
+            slices = Slices(vae, vae.decode, lambda latents: self.images)
+            sliced = anatomy.attribute(vae, "decode", slices)
         with sliced:
             yield
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Stands in for a VAE's ``decode``: ``found`` decodes ``images`` of the batch at a time.
+    """Stands in for a VAE's ``decode``: ``found`` decodes as many of the batch at a time as
+    ``images`` says of its latents.
 
     Tensors are cut along their first dimension where it is as long as that of the latents, and
     all else is passed on. What is held is the batch's images, and what one slice takes.
@@ -91,23 +93,29 @@ class Slices:
 
     vae: Any
     found: Callable[..., Any]
-    images: int
+    images: Callable[[torch.Tensor], int]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         latents = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
-        with anatomy.attribute(self.vae, "use_slicing", False):  # of what is a slice already
-            if latents.shape[0] <= self.images:
-                return self.found(*args, **kwargs)
-            return self._sliced(latents.shape[0], args, kwargs)
+        batch, images = latents.shape[0], self.images(latents)
+        if batch <= images:
+            return self.at_once(*args, **kwargs)
+        return self._sliced(batch, images, args, kwargs)
 
-    def _sliced(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def at_once(self, *args: Any, **kwargs: Any) -> Any:
+        with anatomy.attribute(self.vae, "use_slicing", False):  # of what is a slice already
+            return self.found(*args, **kwargs)
+
+    def _sliced(
+        self, batch: int, images: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         whole: Any = None
         kind: Any = None
         with ExitStack() as after_first:
-            for start in range(0, batch, self.images):
-                span = slice(start, start + self.images)
+            for start in range(0, batch, images):
+                span = slice(start, start + images)
                 passed = [_cut(value, batch, span) for value in args]
-                out = self.found(*passed, **{k: _cut(v, batch, span) for k, v in kwargs.items()})
+                out = self.at_once(*passed, **{k: _cut(v, batch, span) for k, v in kwargs.items()})
                 kind, made = type(out), out[0] if isinstance(out, tuple) else out.sample
                 if whole is None:
                     whole = made.new_empty((batch, *made.shape[1:]))
@@ -182,6 +190,9 @@ class TiledVae(Technique):
         with ExitStack() as stack:
             if self.sliced:
                 stack.enter_context(anatomy.attribute(vae, "use_slicing", True))
+            elif not getattr(vae, "use_slicing", False):
+                slices = Slices(vae, vae.decode, self._at_once(_scale(vae)))
+                stack.enter_context(anatomy.attribute(vae, "decode", slices))
             if hasattr(vae, "tile_latent_min_size"):
                 stack.enter_context(self._attributes(vae))
             else:
@@ -190,6 +201,18 @@ class TiledVae(Technique):
             if even is not None:
                 stack.enter_context(anatomy.attribute(vae, "tiled_decode", even))
             yield
+
+    def _at_once(self, scale: int) -> Callable[[torch.Tensor], int]:
+        """How many images are decoded together: of those that are no larger than a tile, no more
+        than fill one. A plan for one large image so has the memory for many small ones."""
+        tile = self.tile_px // scale
+
+        def images(latents: torch.Tensor) -> int:
+            height, width = latents.shape[-2:]
+            small = latents.ndim == 4 and max(height, width) <= tile
+            return max(1, tile**2 // (height * width)) if small else latents.shape[0]
+
+        return images
 
     def seams(self, pipe: Any, latents: torch.Tensor) -> tiling.Seams | None:
         """How near this comes to an untiled decode, of four tiles in the middle of an image.

@@ -208,14 +208,14 @@ class Meter:
         return self._watch.between_s(self._steps + 1, self._steps + 2)
 
     def projected_s(self, steps: int) -> float:
-        """A whole generation's seconds, less its decode, by the steps seen so far.
-
-        Leaves the last step out, so that it waits for no work still in the queue. Needs three
-        steps.
-        """
+        """Seconds of a whole generation without its decode, by three steps seen so far or more."""
         first_s = self._watch.between_s(0, 2)  # encode and first step
-        later = [self._watch.between_s(i, i + 1) for i in range(2, self._steps)]
-        return first_s + (steps - 1) * min(later)
+        return first_s + (steps - 1) * self.fastest_step_s()
+
+    def fastest_step_s(self) -> float:
+        """Of the steps seen so far, without the first, which carries transfers, and the last, so
+        that it waits for no work still in the queue."""
+        return min(self._watch.between_s(i, i + 1) for i in range(2, self._steps))
 
 
 def tracked(pipe: Any, device: torch.device, cap_bytes: int | None) -> AbstractContextManager[Any]:

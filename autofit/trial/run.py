@@ -53,7 +53,9 @@ class Request:
 
 
 class _CannotWin(Exception):
-    pass
+    def __init__(self, step_s: float) -> None:
+        super().__init__()
+        self.step_s = step_s
 
 
 def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
@@ -65,8 +67,9 @@ def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
     try:
         with capped(outside, request.cap_bytes, request.set_aside_bytes), torch.no_grad():
             outcome: Outcome = trial.run()
-    except _CannotWin:
-        failure = Failure(Why.TOO_SLOW, "its steps show that it cannot win", Phase.STEP)
+    except _CannotWin as seen:
+        detail = "its steps show that it cannot win"
+        failure = Failure(Why.TOO_SLOW, detail, Phase.STEP, step_s=seen.step_s)
     except Exception as error:  # a trial runs other people's code: whatever it raises is a result
         if is_out_of_memory(error):
             failure = trial.out_of_memory(error)
@@ -228,7 +231,7 @@ class _Trial:
 
         def on_step(done: int) -> None:
             if done >= 3 and meter.projected_s(self.request.workload.steps) > give_up_s:
-                raise _CannotWin
+                raise _CannotWin(meter.fastest_step_s())
 
         return on_step
 
