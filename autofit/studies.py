@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autofit import store
-from autofit.spec import BadInput
+from autofit.spec import AutofitError, BadInput
+from autofit.trial.reference import Reference
 
 TRIES, WAIT_S = 4, 0.5  # to open a database whose tables others are making
 
@@ -38,7 +40,7 @@ def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
 
 def image(name: str, *, fresh: bool = False) -> Path:
     """Where a study keeps the image that its trials are compared with. With ``fresh``, the one that
-    is there is forgotten.
+    is there is forgotten; so is one that is damaged, with a warning: the study makes it anew.
 
     Raises:
         BadInput: a folder that cannot be written.
@@ -46,11 +48,20 @@ def image(name: str, *, fresh: bool = False) -> Path:
     path = store.folder() / "studies" / f"{name}.npz"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if fresh or _is_damaged(path):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
     return path
+
+
+def _is_damaged(image: Path) -> bool:
+    try:
+        Reference.load(image)
+    except AutofitError as error:
+        warnings.warn(f"made anew: {error}", stacklevel=2)
+        return True
+    return False
 
 
 def _journal(path: Path) -> Any:

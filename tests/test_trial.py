@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from snapshots import differences, snapshot
 
 from autofit import probe
 from autofit.probe import memory
-from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
+from autofit.spec import AutofitError, BadInput, Failure, Measurement, Phase, Plan, Why, Workload
 from autofit.techniques import KINDS, applied
 from autofit.techniques.streamed import Streamed
 from autofit.trial import InProcess, Job, Request, Worker, generate
@@ -253,6 +254,14 @@ class TestInProcess:
         )
         assert differences(before, snapshot(measurer.pipe)) == []
 
+    def test_a_damaged_reference_is_a_failure(self, measurer: InProcess, tmp_path: Path) -> None:
+        image = tmp_path / "reference.npz"
+        image.write_bytes(b"PK\x03\x04")
+        outcome = measurer.measure(Request(RESIDENT, SMALL, None, reference=image))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.ERROR
+        assert f"reference {image} is damaged" in outcome.detail
+
     def test_an_image_that_is_not_finite_is_a_failure(
         self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -313,6 +322,42 @@ class TestReference:
         assert np.array_equal(found.image, self.IMAGE)
         assert (found.steps, found.plan) == (4, HALF.label)
         assert found.fidelity is HALF.fidelity
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda _: b"",
+            lambda whole: whole[: len(whole) // 2],
+            lambda whole: whole[:-1],
+            lambda whole: b"\0" * len(whole),
+            lambda whole: whole[:60] + b"\xff" * 20 + whole[80:],
+            lambda _: b"not an image",
+        ],
+    )
+    def test_one_that_is_damaged_is_refused_by_name(
+        self, tmp_path: Path, spoil: Callable[[bytes], bytes]
+    ) -> None:
+        path = tmp_path / "reference.npz"
+        Reference.of(self.IMAGE, 4, HALF).save(path)
+        path.write_bytes(spoil(path.read_bytes()))
+        with pytest.raises(AutofitError, match=f"^reference {path} is damaged"):
+            Reference.load(path)
+
+    def test_one_that_cannot_be_written_leaves_the_file_that_was_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "reference.npz"
+        Reference.of(self.IMAGE, 4, HALF).save(path)
+        before = path.read_bytes()
+
+        def full(file: Any, **_: Any) -> None:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "savez_compressed", full)
+        with pytest.raises(OSError, match="No space left"):
+            Reference.of(self.IMAGE, 9, HALF).save(path)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
     def test_one_that_does_not_say_how_faithful_it_is_may_be_lossy(self, tmp_path: Path) -> None:
         path = tmp_path / "reference.npz"
