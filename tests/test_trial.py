@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -433,12 +434,42 @@ class TestWorker:
         process = worker._process
         assert process is not None
         monkeypatch.setattr("autofit.trial.measurer.HANG_S", 0.3)
+        monkeypatch.setattr(worker, "_slowest_s", 1e-5)
         outcome = worker.measure(
             Request(RESIDENT, Workload(64, 64, 900, passes=2), None, full=True)
         )
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.HANG
         assert process.poll() is not None
+
+    @pytest.mark.parametrize(
+        ("slowest_s", "full", "limit_s"),
+        [(0.0, False, 900.0), (2.0, False, 180.0), (30.0, False, 300.0), (30.0, True, 3000.0)],
+    )
+    def test_waits_many_times_as_long_as_any_trial_took(
+        self,
+        worker: Worker,
+        slowest_s: float,
+        full: bool,
+        limit_s: float,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        waited: list[float] = []
+
+        def hung(limit_s: float) -> None:
+            waited.append(limit_s)
+            raise TimeoutError
+
+        monkeypatch.setattr(worker, "_start", lambda: None)
+        monkeypatch.setattr(worker, "_connection", SimpleNamespace(send=id, close=lambda: None))
+        monkeypatch.setattr(worker, "_process", None)
+        monkeypatch.setattr(worker, "_life", None)
+        monkeypatch.setattr(worker, "_receive", hung)
+        monkeypatch.setattr(worker, "_slowest_s", slowest_s)
+        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full)
+        outcome = worker.measure(request)
+        assert waited == [limit_s]
+        assert outcome == Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")
 
     def test_dies_with_its_parent(self, worker: Worker) -> None:
         worker.renew()
@@ -450,7 +481,7 @@ class TestWorker:
         deadline = time.monotonic() + 10
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert process.poll() == 1
+        assert process.poll() == -signal.SIGKILL
 
     def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
         with pytest.raises(BadInput, match="Did you mean tiny-sd"):
