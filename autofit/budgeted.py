@@ -54,17 +54,24 @@ class Trials:
         reference, that is run here first, for its image alone."""
         began, self._began = self._began, True
         if not began and self.first and not _same_but_weights(plan, self.first[0]):
-            task = self.task
-            facts = task.pipeline, task.device, task.workload
-            reference = cost.fitted(self.first[0], *facts, task.budget_bytes, task.basis)
-            if reference is not None:
-                self._measure(reference, output=self.image)
+            self._make_image()
             if self.image.exists():
                 return self._measure(plan, reference=self.image)
         return self._measure(plan, output=self.image)
 
+    def _make_image(self) -> None:
+        task = self.task
+        facts = task.pipeline, task.device, task.workload
+        for plan in self.first:
+            reference = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
+            if reference is not None:
+                self._measure(reference, output=self.image)
+
     def verify(self, found: Found) -> Attempt:
-        """Measure the best in full; where it disappoints, the next ones too. The best wins."""
+        """Measure the best in full; where it disappoints, the next ones too. The best wins. A study
+        that was ended elsewhere, or whose image was damaged, has its reference run here first."""
+        if not self.image.exists():
+            self._make_image()
         verified: list[Attempt] = []
         failures: list[Failure] = []
         for attempt in ranking(found.attempts, self.task)[:MAX_VERIFIED]:

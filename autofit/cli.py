@@ -2,13 +2,15 @@
 
 Results go to stdout, progress and tables to stderr: ``autofit plan ... --json | jq`` works. An
 error is one line of stderr.
-Exit code 0: done; 1: a fault of ours; 2: bad input; 3: nothing fits; 130: interrupted.
+Exit code 0: done; 1: a fault of ours or of the machine; 2: bad input; 3: nothing fits;
+130: interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +43,8 @@ Images = Annotated[
     str, typer.Option(help="Spread the time to set up (compiling) over this many images.")
 ]
 Storage = Annotated[
-    str | None, typer.Option(help="Optuna storage URL; a journal in the user folder if none.")
+    str | None,
+    typer.Option(help="Share a study: a database's URL, or FILE.journal. The user's own if none."),
 ]
 HostRam = Annotated[str | None, typer.Option(help="Host memory at most, as 16GB.")]
 
@@ -271,7 +274,10 @@ def _check_folder(output: Path | None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the console script's entry."""
-    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -290,6 +296,13 @@ def _exit_code(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         sys.stderr.close()
         return 1
+    except OSError as error:  # of the machine: a disk that is full, a folder that is gone
+        _complain(str(error))
+        return 1
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def _complain(message: str) -> None:

@@ -40,6 +40,7 @@ def plan(
     target = device or session.default_device()
     # Found out before the model is loaded; not probed, which would take memory from the worker's.
     device_named(target)
+    effort.check()
     others = team.devices(target, workers)[1:]
     start = time.monotonic()
     granted = partial(host.granted, goal.host_ram_bytes)  # for the processes that are started
@@ -68,14 +69,19 @@ def plan(
     finally:
         for fault in helpers.faults:
             console.print(f"warning: {fault}", style="yellow")
-    path = session.keep(planned)
-    if output is not None:
-        store.save(planned.profile, output)
-    _show_planned(console, planned, path, time.monotonic() - start, as_json)
+    took_s = time.monotonic() - start
+    try:
+        if output is not None:
+            store.save(planned.profile, output)
+        path = session.keep(planned)
+    except BadInput:  # a disk that is full by now: what took minutes is shown at least
+        _show_planned(console, planned, None, took_s, as_json)
+        raise
+    _show_planned(console, planned, path, took_s, as_json)
 
 
 def _show_planned(
-    console: Console, planned: Planned, path: Path, took_s: float, as_json: bool
+    console: Console, planned: Planned, path: Path | None, took_s: float, as_json: bool
 ) -> None:
     profile = planned.profile
     console.print(tables.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
@@ -85,11 +91,13 @@ def _show_planned(
         found = report.study_json(
             profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
         )
-        print(json.dumps(found | {"path": str(path), "plan_s": took_s}, indent=2))
+        found |= {"path": None if path is None else str(path), "plan_s": took_s}
+        print(json.dumps(found, indent=2))
     else:
         pays = report.break_even_json(report.break_even(profile, planned.attempts))
         print(report.profile_lines(profile, planned.limit_s, pays))
-        print(f"profile   {path}")
+        if path is not None:
+            print(f"profile   {path}")
 
 
 def whole_card(device: str | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,17 @@ class Effort:
     trials: int = 40
     timeout_s: float = 600.0
     images: int = 20
-    storage: str | None = None
+    storage: str | None = field(default=None, repr=False)  # a URL may hold a password
     fresh: bool = False
+
+    def check(self) -> None:
+        """Open the storage, which takes a moment, before a model is loaded, which takes more.
+
+        Raises:
+            BadInput: it opens nothing.
+        """
+        if self.storage is not None:
+            studies.opened(self.storage)
 
     @property
     def joined(self) -> Effort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -54,10 +55,11 @@ def plan(
     """
     goal = Goal(budget, size, batch, steps, fidelity=fidelity, host_ram=host_ram)
     target = device or default_device()
+    effort.check()
     with host.granted(goal.host_ram_bytes), measuring(model, target) as measurer:
         defaults = model if isinstance(model, str) else None
         planned = find_plan(measurer, goal, effort, defaults=defaults)
-        keep(planned)
+        _try_to_keep(planned)
     return planned.profile
 
 
@@ -204,8 +206,16 @@ def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Tr
         return trusted
     with measuring(pipe, device) as measurer:
         planned = find_plan(measurer, goal, effort)
-        keep(planned)
+        _try_to_keep(planned)
     return Trusted(planned.profile, Match(Level.SAME, "planned here"))
+
+
+def _try_to_keep(planned: Planned) -> None:
+    """What took minutes to find is not lost to a disk that is full by now."""
+    try:
+        keep(planned)
+    except BadInput as error:
+        warnings.warn(f"found, but not stored: {error}", stacklevel=3)
 
 
 class _Hosted(Ask):

@@ -1,21 +1,29 @@
-"""Where Optuna keeps a study: a database by URL, else a journal in the user's data folder."""
+"""Where Optuna keeps a study: a database by URL, a journal by its path, else one of the user's."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from autofit import store
-from autofit.spec import BadInput
+from autofit.spec import AutofitError, BadInput
+from autofit.trial.reference import Reference
 
 TRIES, WAIT_S = 4, 0.5  # to open a database whose tables others are making
+JOURNALS = (".journal", ".log")  # endings of a path that is no URL
+HEAD = b'{"op_code":'  # of a journal's lines
+EXAMPLES = "write as sqlite:///studies.db, postgresql://user@host/name or studies.journal"
+# By database: its driver, whichever SQLAlchemy would choose, and our extra that has it.
+DRIVERS = {"postgresql": ("psycopg2", "postgres"), "mysql": ("pymysql", "mysql")}
 
 
 def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
@@ -25,20 +33,40 @@ def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
         BadInput: a URL that opens nothing, a folder that cannot be written, a damaged journal.
     """
     if url is not None:
-        return _database(url, name, fresh)
+        shared = opened(url)
+        if fresh:
+            with suppress(KeyError):  # there is no such study yet
+                optuna.delete_study(study_name=name, storage=shared)
+        return shared
     path = store.folder() / "studies" / f"{name}.journal"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fresh and path.exists():
             os.replace(path, path.with_suffix(".old"))
-        return _journal(path)
+        return _journal(path, "start anew with --fresh")
     except OSError as error:
         raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
 
 
+def opened(url: str) -> Any:
+    """Open a storage that studies share: a database, or a journal by its path or as
+    journal:///path.
+
+    Raises:
+        BadInput: it opens nothing. A password in it is not repeated.
+    """
+    path = url.removeprefix("journal://")
+    if "://" in path or (path == url and not path.endswith(JOURNALS)):
+        return _database(url)
+    try:
+        return _journal(Path(path), "give another file")
+    except OSError as error:
+        raise BadInput(f"storage {url!r}: {error.strerror or error}; {EXAMPLES}") from error
+
+
 def image(name: str, *, fresh: bool = False) -> Path:
     """Where a study keeps the image that its trials are compared with. With ``fresh``, the one that
-    is there is forgotten.
+    is there is forgotten; so is one that is damaged, with a warning: the study makes it anew.
 
     Raises:
         BadInput: a folder that cannot be written.
@@ -46,30 +74,64 @@ def image(name: str, *, fresh: bool = False) -> Path:
     path = store.folder() / "studies" / f"{name}.npz"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if fresh or _is_damaged(path):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
     return path
 
 
-def _journal(path: Path) -> Any:
-    _drop_cut_line(path)
+def _is_damaged(image: Path) -> bool:
     try:
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    except ValueError as error:
-        raise BadInput(f"study {path} is damaged ({error}): start anew with --fresh") from error
+        Reference.load(image)
+    except AutofitError as error:
+        warnings.warn(f"made anew: {error}", stacklevel=2)
+        return True
+    return False
+
+
+class _Journal(JournalFileBackend):
+    """A journal of whole lines, also where the disk had no room for the last one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+        begin = path.read_bytes()[: len(HEAD)]
+        if not HEAD.startswith(begin):
+            raise ValueError(f"it begins with {begin!r}")
+        _drop_cut_line(path)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError:
+            with suppress(OSError):
+                _drop_cut_line(self._path)
+            raise
+
+
+def _journal(path: Path, remedy: str) -> Any:
+    try:
+        return optuna.storages.JournalStorage(_Journal(path))
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"study {path} is damaged ({error}): {remedy}") from error
 
 
 def _drop_cut_line(path: Path) -> None:
     """A process killed while it wrote leaves half a line, which Optuna would append to. The lines
     before it are whole: a trial in flight is all that is lost."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        partial = path.with_suffix(".tmp")
-        partial.write_bytes(whole)
-        partial.replace(path)
+    if _whole_bytes(path) == path.stat().st_size:
+        return
+    lock = JournalFileSymlinkLock(str(path))  # perhaps another process is writing it now
+    lock.acquire()
+    try:
+        os.truncate(path, _whole_bytes(path))
+    finally:
+        lock.release()
+
+
+def _whole_bytes(journal: Path) -> int:
+    return journal.read_bytes().rfind(b"\n") + 1
 
 
 def _open(url: str) -> Any:
@@ -82,18 +144,18 @@ def _open(url: str) -> Any:
     return optuna.storages.get_storage(url)
 
 
-def _database(url: str, name: str, fresh: bool) -> Any:
+def _database(url: str) -> Any:
+    kind = re.split(r"\W", url)[0]
+    shown = f"{kind}..." if {"@", "?"} & set(url) else url  # it may hold a password
+    driver, extra = DRIVERS.get(kind, (None, None))
+    if driver is not None:
+        url = url.replace(f"{kind}://", f"{kind}+{driver}://", 1)
     try:
-        opened = _open(url)
+        return _open(url)
     except ImportError as error:
-        raise BadInput(
-            f"storage {url!r}: {str(error).splitlines()[0]}; install the database's driver, as"
-            " psycopg2-binary for postgresql://"
-        ) from error
+        remedy = f"pip install 'autofit[{extra}]'" if extra else "install it"
+        raise BadInput(f"storage {shown!r}: no driver for {kind} here: {remedy}") from error
     except (SQLAlchemyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"storage {url!r}: {reason}; write as sqlite:///studies.db") from error
-    if fresh:
-        with suppress(KeyError):  # there is no such study yet
-            optuna.delete_study(study_name=name, storage=opened)
-    return opened
+        # A password with an @ of its own is taken for a part of the host, and said to be wrong.
+        reason = re.sub(r"\S*@\S*", "...", str(error).splitlines()[0])
+        raise BadInput(f"storage {shown!r}: {reason}; {EXAMPLES}") from error

@@ -257,6 +257,14 @@ def test_ctrl_c_outside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--budget", "1GB", "--output", "no/x.yaml"), r"output .+: there is no folder 'no'"),
         (("--budget", "1GB", "--output", "."), r"output '.' is a folder; give a file in it"),
         (("--device", "cpu"), r"budget: cpu has no card to fill; give one, as --budget 8GB"),
+        (
+            ("--budget", "1GB", "--storage", "nonsense"),
+            r"storage 'nonsense': .+; write as sqlite.+",
+        ),
+        (
+            ("--budget", "1GB", "--storage", "postgresql://ada:secret@127.0.0.1:1/x"),
+            r"storage 'postgresql\.\.\.': (?!.*(ada|secret)).+; write as sqlite:///.+",
+        ),
         (("--budget", "1GB", "--memory", "8"), r"No such option: --memory.*"),
         pytest.param(
             ("--budget", "1GB", "--device", "cuda:0"),
@@ -284,7 +292,6 @@ def test_what_cannot_be_planned_is_one_line(arguments: tuple[str, ...], message:
             ("plan", "tiny-ds", "--device", "cpu", "--budget", "1GB"),
             r"model 'tiny-ds' is not built in\. Did you mean tiny-sd\?.+",
         ),
-        ((*PLAN, "--storage", "nonsense"), r"storage 'nonsense': .+; write as sqlite:///.+"),
     ],
 )
 def test_what_the_worker_or_the_pipe_refuses_is_one_line(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from worlds import CARD, LARGE, SDXL, World, gib
 
 from autofit import ledger, studies
 from autofit.ledger import Ledger
+from autofit.planner import Effort
 from autofit.sampler import PlanSampler, Task, best_attempt
 from autofit.search import Found, Limits, search
 from autofit.spec import BadInput, Measurement, Outcome, Plan
@@ -30,6 +35,7 @@ from autofit.techniques.space import legal_plans
 
 PLANS = legal_plans(SDXL, CARD, LARGE)
 TASK = Task(PLANS, SDXL, CARD, LARGE, gib(6))
+FEW = Task(PLANS[::5], SDXL, CARD, LARGE, gib(6))
 ROOT = Path(__file__).parent.parent
 TRIAL_S = 0.05
 # Debian keeps the server's programs off the PATH.
@@ -211,9 +217,134 @@ def test_on_another_host_a_beat_says_who_lives(
     assert not mine.others_at_work
 
 
+@pytest.mark.skipif(find_spec("pymysql") is not None, reason="there is a driver for MySQL")
 def test_a_missing_driver_is_named() -> None:
-    with pytest.raises(BadInput, match=r"import DB access module.*; install the database's driver"):
+    with pytest.raises(
+        BadInput, match=r"no driver for mysql here: pip install 'autofit\[mysql\]'$"
+    ):
         studies.storage("mysql://localhost/x", "s")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ada:s3cret@127.0.0.1:1/x",
+        "postgresql://ada:s3@cret@127.0.0.1:1/x",
+        "postgresql://ada:s3/cret?x@127.0.0.1:1/x",
+        "postgresql://127.0.0.1:1/x?user=ada&password=s3cret",
+        "postgresql://ada:s3cret@127.0.0.1:port/x",
+        "postgresql:ada:s3cret@127.0.0.1",
+        "mysql://ada:s3cret@127.0.0.1:1/x",
+        "nothing://ada:s3cret@127.0.0.1/x",
+    ],
+)
+def test_a_password_is_never_shown(url: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        studies.opened(url)
+    assert not re.search("s3|cret|ada", str(raised.value))
+    assert "cret" not in repr(Effort(storage=url))
+
+
+@pytest.mark.parametrize("written", ["{}.journal", "{}.log", "journal://{}"])
+def test_a_journal_is_shared_by_its_path(tmp_path: Path, written: str) -> None:
+    where = written.format(tmp_path / "shared")
+    found = short(World(gib(6)), studies.storage(where, "s"))
+    assert short(World(gib(6)), studies.storage(where, "s"), trials=0) == found
+    studies.storage(where, "other", fresh=True)
+    assert short(World(gib(6)), studies.storage(where, "s"), trials=0) == found
+    assert short(World(gib(6)), studies.storage(where, "s", fresh=True), trials=0).attempts == ()
+
+
+def short(world: World, storage: Any = None, trials: int = 4) -> Found:
+    """A study of a few trials."""
+    limits, name = Limits(trials=trials), None if storage is None else "s"
+    return search(FEW, world.measure, storage=storage, name=name, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("no/such/folder/x.journal", "No such file or directory; write as sqlite:///"),
+        ("journal://", "Is a directory; write as sqlite:///"),
+        ("notes.log", "is damaged (it begins with b'Dear diary,'): give another file"),
+    ],
+)
+def test_what_is_no_journal_is_refused_and_left(
+    where: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.log").write_text("Dear diary, not a line of this may go")
+    with pytest.raises(BadInput, match=re.escape(said)):
+        studies.opened(where)
+    assert Path("notes.log").read_text() == "Dear diary, not a line of this may go"
+
+
+# ---------------------------------------------------------------- a storage that fails
+
+
+class Failing(studies._Journal):
+    """A journal on a disk that is full from its ``left``-th write on, in the midst of a line."""
+
+    left = 0
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.left -= 1
+        with pytest.MonkeyPatch.context() as patch:
+            if self.left < 0:
+                patch.setattr(os, "fsync", self._full)
+            super().append_logs(logs)
+
+    def _full(self, _: int) -> None:
+        os.truncate(self._path, self._path.stat().st_size - 5)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("writes", range(0, 60, 4))
+def test_a_disk_that_is_full_ends_no_search_and_what_was_kept_stays_whole(
+    writes: int, tmp_path: Path
+) -> None:
+    journal = Failing(tmp_path / "study")
+    journal.left = writes
+    world = World(gib(6))
+    said = (
+        r"^the study is no longer kept \(\[Errno 28\] No space left on device\): the search goes on"
+        " in memory, and what it had kept before stays$"
+    )
+    with pytest.warns(UserWarning, match=said) as warned:
+        found = short(world, optuna.storages.JournalStorage(journal))
+    assert len(warned) == 1
+    assert found == short(World(gib(6)))
+    assert len(world.calls) == 4
+    kept = short(World(gib(6)), stored(tmp_path / "study"), trials=0).attempts
+    assert kept == found.attempts[: len(kept)]
+    assert len(kept) >= (tmp_path / "study").read_text().count('"op_code":6')
+
+
+@pytest.mark.parametrize("fault", ["gone", "dropped", "deleted"])
+def test_a_database_that_is_lost_ends_no_search(fault: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/studies.db"
+    storage, world = studies.storage(url, "s"), World(gib(6))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        if len(world.calls) == 2:
+            lose(fault, url, tmp_path / "studies.db")
+        return world.measure(plan, give_up_s)
+
+    with pytest.warns(UserWarning, match="^the study is no longer kept") as warned:
+        found = search(FEW, measure, storage=storage, name="s", limits=Limits(trials=4))
+    assert len(warned) == 1
+    assert found == short(World(gib(6)))
+
+
+def lose(fault: str, url: str, path: Path) -> None:
+    if fault == "gone":
+        path.write_bytes(b"overwritten" * 1000)
+    elif fault == "dropped":
+        with sqlite3.connect(path) as database:
+            database.execute("DROP TABLE trials")
+        database.close()
+    else:
+        studies.storage(url, "s", fresh=True)
 
 
 # ---------------------------------------------------------------- a real PostgreSQL
@@ -245,7 +376,7 @@ def postgres() -> Iterator[str]:
         options = f"-c listen_addresses='' -k {folder} -F"
         run("pg_ctl", "-D", data, "-l", log, "-w", "-o", options, "start")
         try:
-            yield f"postgresql+psycopg2://autofit@/postgres?host={folder}"
+            yield f"postgresql://autofit@/postgres?host={folder}"
         finally:
             run("pg_ctl", "-D", data, "-m", "immediate", "stop")
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import samples
@@ -32,6 +33,7 @@ from autofit.spec import (
 )
 from autofit.techniques.space import legal_plans
 from autofit.trial import InProcess, Request, Subject
+from autofit.trial.reference import Reference
 
 GOAL = Goal("1GB", (64, 64), steps=4)
 SHORT = Effort(trials=3)
@@ -368,6 +370,7 @@ class TestStorage:
     @pytest.fixture
     def plan(self, subject: Subject, home: Path) -> Callable[[Effort], int]:
         """Plans with an effort; answers how many short trials were run for it."""
+        made = Reference(np.zeros((1, 8, 8, 3), np.uint8), 3, "resident", Fidelity.EXACT)
 
         def planning(effort: Effort) -> int:
             plans: list[Plan] = []
@@ -376,7 +379,7 @@ class TestStorage:
                 if not request.full:
                     plans.append(request.plan)
                 if request.output is not None:
-                    request.output.touch()
+                    made.save(request.output)
                 return _by_technique(request)
 
             found = find_plan(Scripted(subject, outcome), GOAL, effort)
@@ -412,6 +415,18 @@ class TestStorage:
     ) -> None:
         with pytest.raises(BadInput, match=f"storage '{url}': .*{reason}.*sqlite:///"):
             plan(Effort(trials=1, storage=url))
+
+    @pytest.mark.parametrize("trials", [0, 1])
+    def test_a_damaged_image_is_made_anew(
+        self, plan: Callable[[Effort], int], home: Path, trials: int
+    ) -> None:
+        plan(Effort(trials=1))
+        (image,) = (home / "studies").glob("*.npz")
+        whole = image.read_bytes()
+        image.write_bytes(whole[: len(whole) // 2])
+        with pytest.warns(UserWarning, match=f"^made anew: reference {image} is damaged"):
+            plan(Effort(trials=trials))
+        assert image.read_bytes() == whole
 
     def test_a_journal_cut_by_a_kill_loses_its_last_line(
         self, plan: Callable[[Effort], int], home: Path

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -22,7 +24,7 @@ from snapshots import differences, snapshot
 
 from autofit import probe
 from autofit.probe import memory
-from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
+from autofit.spec import AutofitError, BadInput, Failure, Measurement, Phase, Plan, Why, Workload
 from autofit.techniques import KINDS, applied
 from autofit.techniques.streamed import Streamed
 from autofit.trial import InProcess, Job, Request, Worker, generate
@@ -255,6 +257,14 @@ class TestInProcess:
         )
         assert differences(before, snapshot(measurer.pipe)) == []
 
+    def test_a_damaged_reference_is_a_failure(self, measurer: InProcess, tmp_path: Path) -> None:
+        image = tmp_path / "reference.npz"
+        image.write_bytes(b"PK\x03\x04")
+        outcome = measurer.measure(Request(RESIDENT, SMALL, None, reference=image))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.ERROR
+        assert f"reference {image} is damaged" in outcome.detail
+
     def test_an_image_that_is_not_finite_is_a_failure(
         self, measurer: InProcess, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -315,6 +325,42 @@ class TestReference:
         assert np.array_equal(found.image, self.IMAGE)
         assert (found.steps, found.plan) == (4, HALF.label)
         assert found.fidelity is HALF.fidelity
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda _: b"",
+            lambda whole: whole[: len(whole) // 2],
+            lambda whole: whole[:-1],
+            lambda whole: b"\0" * len(whole),
+            lambda whole: whole[:60] + b"\xff" * 20 + whole[80:],
+            lambda _: b"not an image",
+        ],
+    )
+    def test_one_that_is_damaged_is_refused_by_name(
+        self, tmp_path: Path, spoil: Callable[[bytes], bytes]
+    ) -> None:
+        path = tmp_path / "reference.npz"
+        Reference.of(self.IMAGE, 4, HALF).save(path)
+        path.write_bytes(spoil(path.read_bytes()))
+        with pytest.raises(AutofitError, match=f"^reference {path} is damaged"):
+            Reference.load(path)
+
+    def test_one_that_cannot_be_written_leaves_the_file_that_was_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "reference.npz"
+        Reference.of(self.IMAGE, 4, HALF).save(path)
+        before = path.read_bytes()
+
+        def full(file: Any, **_: Any) -> None:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "savez_compressed", full)
+        with pytest.raises(OSError, match="No space left"):
+            Reference.of(self.IMAGE, 9, HALF).save(path)
+        assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
     def test_one_that_does_not_say_how_faithful_it_is_may_be_lossy(self, tmp_path: Path) -> None:
         path = tmp_path / "reference.npz"
@@ -390,12 +436,42 @@ class TestWorker:
         process = worker._process
         assert process is not None
         monkeypatch.setattr("autofit.trial.measurer.HANG_S", 0.3)
+        monkeypatch.setattr(worker, "_slowest_s", 1e-5)
         outcome = worker.measure(
             Request(RESIDENT, Workload(64, 64, 900, passes=2), None, full=True)
         )
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.HANG
         assert process.poll() is not None
+
+    @pytest.mark.parametrize(
+        ("slowest_s", "full", "limit_s"),
+        [(0.0, False, 900.0), (2.0, False, 180.0), (30.0, False, 300.0), (30.0, True, 3000.0)],
+    )
+    def test_waits_many_times_as_long_as_any_trial_took(
+        self,
+        worker: Worker,
+        slowest_s: float,
+        full: bool,
+        limit_s: float,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        waited: list[float] = []
+
+        def hung(limit_s: float) -> None:
+            waited.append(limit_s)
+            raise TimeoutError
+
+        monkeypatch.setattr(worker, "_start", lambda: None)
+        monkeypatch.setattr(worker, "_connection", SimpleNamespace(send=id, close=lambda: None))
+        monkeypatch.setattr(worker, "_process", None)
+        monkeypatch.setattr(worker, "_life", None)
+        monkeypatch.setattr(worker, "_receive", hung)
+        monkeypatch.setattr(worker, "_slowest_s", slowest_s)
+        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full)
+        outcome = worker.measure(request)
+        assert waited == [limit_s]
+        assert outcome == Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")
 
     def test_dies_with_its_parent(self, worker: Worker) -> None:
         worker.renew()
@@ -407,7 +483,7 @@ class TestWorker:
         deadline = time.monotonic() + 10
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert process.poll() == 1
+        assert process.poll() == -signal.SIGKILL
 
     def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
         with pytest.raises(BadInput, match="Did you mean tiny-sd"):

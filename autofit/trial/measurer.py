@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -28,10 +30,15 @@ from autofit.spec import (
     Why,
 )
 from autofit.trial.cap import Outside
-from autofit.trial.run import Request, measure
+from autofit.trial.run import TRIAL_STEPS, Request, measure
 
 START_S = 900.0  # to import, build or load the pipe and probe the device
-HANG_S = 900.0  # a trial without an answer for this long is taken for hung
+# A trial without an answer for so many times as long as any took before is taken for hung; never in
+# less than HANG_S. Of the trials in tests/golden none took a minute, compiling
+# included. Of the first trial nothing is known; large models take minutes on a CPU.
+SLOWER, HANG_S = 10.0, 180.0
+FIRST_S = {"cuda": 300.0, "cpu": 900.0}
+OUT_OF_HOST = "the system may have ended it because the host's memory ran out: try --host-ram"
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._life: int | None = None
+        self._slowest_s = 0.0  # of the answers so far, each as that of a short trial
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the worker's owner
         try:
             self.subject: Subject = self._start()
@@ -110,19 +118,27 @@ class Worker:
             raise
 
     def measure(self, request: Request) -> Outcome:
+        longer = _longer(request)
+        limit_s = self._limit_s(longer)
         try:
             if self._process is None:
                 self._start()
             assert self._connection is not None
+            start = time.monotonic()
             self._connection.send(request)
-            outcome = self._receive(HANG_S)
+            outcome = self._receive(limit_s)
         except (EOFError, ConnectionError) as error:
             return self._crash(error)
         except TimeoutError:
             self._stop()
-            return Failure(Why.HANG, f"no answer in {HANG_S:.0f} s; the worker was killed")
+            return Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")
         assert isinstance(outcome, Measurement | Failure)
+        self._slowest_s = max(self._slowest_s, (time.monotonic() - start) / longer)
         return outcome
+
+    def _limit_s(self, longer: float) -> float:
+        known_s = SLOWER * self._slowest_s or FIRST_S[self.subject.device.kind]
+        return max(HANG_S, known_s * longer)
 
     def renew(self) -> None:
         self._stop()
@@ -169,7 +185,10 @@ class Worker:
     def _crash(self, error: BaseException) -> Failure:
         code = self._stop()
         ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return Failure(Why.CRASH, f"worker ended by {ended}; {self._last_words() or error!r}")
+        words = self._last_words() or repr(error)
+        if code == -signal.SIGKILL and not isinstance(error, TimeoutError):  # else it was us
+            words = OUT_OF_HOST
+        return Failure(Why.CRASH, f"worker ended by {ended}; {words}")
 
     def _last_words(self) -> str:
         self._log.seek(0, os.SEEK_END)
@@ -187,11 +206,16 @@ class Worker:
         self._connection = self._life = None
         if process is None:
             return None
-        try:
-            return process.wait(timeout=1.0)  # one that crashed has a code of its own
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)  # one that crashed has a code of its own
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
-            return process.wait()
+        return process.wait()
+
+
+def _longer(request: Request) -> float:
+    """How many times as long as a short trial this may take by its steps."""
+    return max(1.0, 2 * request.workload.steps / TRIAL_STEPS[0]) if request.full else 1.0
 
 
 def _socket_pair() -> tuple[Connection, Connection]:

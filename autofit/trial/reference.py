@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autofit.spec import Fidelity, Plan
+from autofit.spec import AutofitError, Fidelity, Plan
 
 # Below this a plan did not do what its fidelity says. In the trials of tests/golden, whose images
 # are of 6 to 20 steps, numeric plans came within 46 dB of exact ones (bfloat16 for float32 among
 # them) and lossy ones within 40. Trained weights may differ more than random ones: the bars are far
 # below what was seen.
 BARS_DB = {Fidelity.EXACT: 45.0, Fidelity.NUMERIC: 25.0, Fidelity.LOSSY: 15.0}
+
+# What numpy raises of a file that is cut short, empty, written over or of something else.
+FAULTS = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -33,24 +38,40 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | None) -> Reference | None:
+        """Read what ``save`` wrote; None where there is nothing.
+
+        Raises:
+            AutofitError: the file is damaged.
+        """
         if path is None or not path.exists():
             return None
-        with np.load(path) as found:
+        try:
+            return cls._read(path)
+        except FAULTS as error:
+            raise AutofitError(f"reference {path} is damaged ({error})") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Reference:
+        with path.open("rb") as file, np.load(file) as found:
             known = "fidelity" in found  # not in the files of an earlier autofit
             fidelity = Fidelity(str(found["fidelity"])) if known else Fidelity.LOSSY
             return cls(found["image"], int(found["steps"]), str(found["plan"]), fidelity)
 
     def save(self, path: Path) -> None:
+        """Write it whole, or leave nothing."""
         partial = path.with_suffix(".tmp")
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                image=self.image,
-                steps=self.steps,
-                plan=self.plan,
-                fidelity=self.fidelity.value,
-            )
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                np.savez_compressed(
+                    file,
+                    image=self.image,
+                    steps=self.steps,
+                    plan=self.plan,
+                    fidelity=self.fidelity.value,
+                )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def psnr_db(self, image: np.ndarray[Any, Any]) -> float | None:
         """Peak signal-to-noise ratio in dB; infinite where the images are equal."""

@@ -154,13 +154,14 @@ class _Trial:
         self.pipe, self.request, self.outside = pipe, request, outside
         self.device = outside.device
         self.meters: list[Meter] = []
-        self.reference = Reference.load(request.reference)
+        self.reference: Reference | None = None
 
     @property
     def phase(self) -> Phase | None:
         return self.meters[-1].phase if self.meters else None
 
     def run(self) -> Outcome:
+        self.reference = Reference.load(self.request.reference)
         if self.device.type == "cpu":
             self._track()
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -47,9 +48,10 @@ def serve(connection: Connection) -> None:
 
 
 def _die_with_parent(life: int) -> None:
-    """The parent holds the other end; when it is gone, however it went, this read returns."""
+    """The parent holds the other end; when it is gone, however it went, this read returns. The
+    compilers that this process may have started go with it."""
     os.read(life, 1)
-    os._exit(1)
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
