@@ -77,7 +77,12 @@ class Trials:
                 continue
             if outcome.psnr_db is None:  # the reference's image is another machine's
                 seen = attempt.outcome
-                outcome = replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
+                outcome = replace(
+                    outcome,
+                    psnr_db=seen.psnr_db,
+                    reference=seen.reference,
+                    latents_psnr_db=seen.latents_psnr_db,
+                )
             verified.append(Attempt(plan, outcome))
         if not verified:
             larger = "; try a budget a little larger" if ran_out(failures[-1]) else ""

@@ -144,6 +144,7 @@ class _Run:
     meter: Meter
     seconds: float
     images: Any
+    latents: Any  # that these were decoded from
 
 
 class _Trial:
@@ -220,7 +221,8 @@ class _Trial:
             self.meters.append(meter)
             with meter.running(self._judge(meter, give_up_s)):
                 images = generate(self.pipe, self.request.workload, steps)
-        return _Run(steps, meter, time.perf_counter() - start, images)
+        seconds = time.perf_counter() - start
+        return _Run(steps, meter, seconds, images, meter.taken_latents())
 
     def _judge(self, meter: Meter, give_up_s: float | None) -> Callable[[int], None] | None:
         if give_up_s is None:
@@ -252,11 +254,14 @@ class _Trial:
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (np.asarray(shown.images) * 255).round().astype(np.uint8)
         if request.output is not None:
-            self.reference = Reference.of(image, shown.steps, request.plan)
+            self.reference = Reference.of(image, shown.steps, request.plan, shown.latents)
             self.reference.save(request.output)
-        psnr_db = self.reference.psnr_db(image) if self.reference else None
-        if self.reference and (refusal := self.reference.refusal(psnr_db, request.plan)):
-            return Failure(Why.BAD_OUTPUT, refusal)
+        psnr_db = latents_psnr_db = None
+        if self.reference is not None:
+            psnr_db = self.reference.psnr_db(image)
+            latents_psnr_db = self.reference.latents_psnr_db(shown.latents)
+            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan):
+                return Failure(Why.BAD_OUTPUT, refusal)
         return Measurement(
             image_s=image_s,
             peak_bytes=peak_bytes,
@@ -270,7 +275,8 @@ class _Trial:
             runs_s=runs_s,
             verified=bool(runs_s),
             psnr_db=psnr_db,
-            reference=self.reference.plan if self.reference and psnr_db is not None else None,
+            latents_psnr_db=latents_psnr_db,
+            reference=self.reference.plan if self.reference else None,
             starved=sum(m.starved for m in self.meters),
         )
 
