@@ -136,7 +136,8 @@ class TestMeasured:
         first, second = ended.out.splitlines()
         assert re.fullmatch(
             r"same card, other versions or driver: measured with torch 2\.6\.0, here \S+;"
-            r" verified here: .+ a generation, peak .+ MiB",
+            r" verified here: .+ a generation, peak .+ MiB,"
+            r" its image [\d.]+ dB \(PSNR\) from that of resident",
             first,
         )
         assert second == f"profile   {path}"
@@ -156,7 +157,7 @@ class TestMeasured:
         (evidence,) = store.load(path).evidence
         assert isinstance(evidence.outcome, Measurement)
         assert found["measured"]["image_s"] == evidence.outcome.image_s
-        (request,) = asked
+        _, request = asked
         assert (request.plan, request.workload, request.full) == (PLAN, WORKLOAD, True)
         assert request.cap_bytes == GB
 
@@ -203,7 +204,7 @@ class TestMeasured:
         store.save(replace(profile, evidence=(failed,)), path)
         asked = in_process(samples.measurement())
         assert verify(path, "--device", "cpu").code == 0
-        assert len(asked) == 1
+        assert [request.plan for request in asked if request.full] == [PLAN]
         (evidence,) = store.with_kept(store.load(path)).evidence
         assert evidence == Evidence(samples.measurement(), environment(cpu, GB))
 
