@@ -30,11 +30,11 @@ from autofit.spec import (
 )
 from autofit.techniques.space import legal_plans
 from autofit.trial import Measurer, Subject
+from autofit.trial.cap import LIBRARIES_BYTES
 from autofit.units import format_bytes
 
 RUNGS = 4  # of a profile's ladder, at most
 CLEAR_STEP = 0.9  # of the peak before it: the most that the next rung may need
-OWN_BYTES = 300_000_000  # libraries that this process had loaded before count as others'
 RESUMES = "interrupted; the same command resumes"
 
 Foresee = Callable[[Task], cost.Basis]
@@ -170,7 +170,7 @@ def _check_room(subject: Subject, budget_bytes: int) -> None:
     """Say so where others hold so much of the card that the budget is not to be had."""
     device, others_bytes = subject.device, subject.others_bytes
     left_bytes = device.total_bytes - others_bytes
-    if others_bytes <= OWN_BYTES or budget_bytes <= left_bytes:
+    if others_bytes <= LIBRARIES_BYTES or budget_bytes <= left_bytes:
         return
     budget, left, held = map(format_bytes, (budget_bytes, left_bytes, others_bytes))
     raise NothingFits(

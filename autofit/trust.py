@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from autofit import cost, host_budget, places, store
 from autofit.budgeted import references, same_but_weights
-from autofit.match import Level, Match, environment, match
+from autofit.match import Level, Match, environment, match, needed_bytes
 from autofit.places import Place, Question
 from autofit.sampler import Task
 from autofit.spec import (
@@ -66,6 +66,7 @@ def given(profile: Profile, ask: Ask) -> Trusted:
 
     Raises:
         BadInput: it does not match, or neither its plan nor a leaner one holds here.
+        NothingFits: other processes hold so much of the card that it cannot be verified.
     """
     reasons: list[str] = []
     for candidate in (profile, *_leaner(profile)):
@@ -92,15 +93,26 @@ def stored(ask: Ask, at_worst: Fidelity) -> Trusted | None:
     return trusted if trusted.match.level.is_usable else None
 
 
-def tried(measurer: Measurer, plan: Plan, workload: Workload, budget_bytes: int) -> Outcome:
-    """Run a plan in whole generations under the cap, without which nothing is trusted. What it
-    makes is compared with what the most faithful other plan does, which is run short for it."""
-    subject = measurer.subject
-    cap_bytes = min(budget_bytes, subject.device.total_bytes)
-    short = Request(plan, workload, cap_bytes, cost.outside_bytes(subject.device))
+def tried(measurer: Measurer, profile: Profile, workload: Workload, budget_bytes: int) -> Outcome:
+    """Run a profile's plan in whole generations under the cap, without which nothing is trusted.
+    What it makes is compared with what the most faithful other plan does, which is run short.
+
+    Raises:
+        NothingFits: other processes hold so much of the card that the plan cannot run.
+    """
+    subject, device, plan = measurer.subject, measurer.subject.device, profile.plan
+    cap_bytes = min(budget_bytes, device.total_bytes)
+    room_bytes = min(cap_bytes, device.total_bytes - subject.others_bytes)
+    short = Request(
+        plan,
+        workload,
+        cap_bytes,
+        cost.outside_bytes(device),
+        needed_bytes=needed_bytes(profile.measured, device),
+    )
     with TemporaryDirectory() as folder:
         image = Path(folder) / "reference.npz"
-        for other in islice(_others(plan, subject, workload, cap_bytes), REFERENCES):
+        for other in islice(_others(plan, subject, workload, room_bytes), REFERENCES):
             measurer.measure(replace(short, plan=other, output=image))
             if image.exists():
                 break
@@ -165,7 +177,7 @@ def _settled(profile: Profile, ask: Ask) -> Trusted:
     if ask.measuring is None or not (found.level.needs_trial or short):
         return Trusted(profile, found)
     with ask.measuring() as measurer:
-        outcome = tried(measurer, profile.plan, ask.workload, ask.budget_bytes)
+        outcome = tried(measurer, profile, ask.workload, ask.budget_bytes)
     profile = _recorded(profile, outcome, ask)
     text = outcome_text(outcome)
     if isinstance(outcome, Failure):

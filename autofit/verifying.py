@@ -32,7 +32,8 @@ def verify(
 
     Raises:
         BadInput: the profile is for something else, or its plan cannot run here.
-        NothingFits: the plan was run and did not hold; that is written too.
+        NothingFits: the plan was run and did not hold; that is written too. Or others hold too
+            much of the card.
     """
     profile, target = store.load(path), device or session.default_device()
     device_named(target)  # before the model is loaded
@@ -42,7 +43,7 @@ def verify(
         found = match(replace(profile, evidence=()), subject.pipeline, *asked)
         if not found.level.is_usable:
             raise BadInput(f"profile {path}: {found.reason}: plan here with autofit plan")
-        outcome = trust.tried(measurer, profile.plan, profile.workload, profile.budget_bytes)
+        outcome = trust.tried(measurer, profile, profile.workload, profile.budget_bytes)
     on, target_path = environment(subject.device, profile.budget_bytes), output or path
     verified = trust.with_evidence(profile, outcome, on)
     store.save(verified, target_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 from conftest import Pipes
 
@@ -103,9 +104,10 @@ def test_a_plan_of_a_profile_that_is_verified(
 ) -> None:
     """It was measured elsewhere: what it makes here is compared with what another plan does."""
     measurer = InProcess(pipes["tiny-sd"], "cpu")
-    outcome = trust.tried(measurer, STREAMED, WORKLOAD, 10**9)
+    profile = samples.profile(plan=STREAMED)
+    outcome = trust.tried(measurer, profile, WORKLOAD, 10**9)
     assert isinstance(outcome, Measurement)
     assert (outcome.psnr_db, outcome.reference) == (math.inf, "resident")
     late_copies()
-    outcome = trust.tried(measurer, STREAMED, WORKLOAD, 10**9)
+    outcome = trust.tried(measurer, profile, WORKLOAD, 10**9)
     assert_refused(outcome, "of resident; exact plans come within 45 dB")

@@ -233,6 +233,22 @@ class TestFindPlan:
             " or plan for at most 20.00 GiB"
         )
 
+    def test_a_card_that_others_fill_meanwhile_ends_it_and_what_was_measured_is_kept(
+        self, pipes: Pipes, home: Path
+    ) -> None:
+        class Filling(Recording):
+            def measure(self, request: Request) -> Outcome:
+                if len(self.short) == 2:
+                    raise NothingFits("cuda:0 has 1.00 GiB free", None)
+                return super().measure(request)
+
+        stopped, resumed = Filling(pipes["tiny-sd"]), Recording(pipes["tiny-sd"])
+        with pytest.raises(NothingFits, match=r"1\.00 GiB free"):
+            find_plan(stopped, GOAL, SHORT)
+        planned = find_plan(resumed, GOAL, Effort(trials=1))
+        assert [a.plan for a in planned.attempts[:2]] == stopped.short
+        assert len(resumed.short) == 1
+
     def test_nothing_fits_names_a_budget_that_does(self, pipes: Pipes, home: Path) -> None:
         measurer = InProcess(pipes["tiny-sd"], "cpu")
         with pytest.raises(NothingFits) as raised:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -22,13 +23,24 @@ from snapshots import differences, snapshot
 
 from autofit import probe
 from autofit.probe import memory
-from autofit.spec import BadInput, Failure, Measurement, Phase, Plan, Why, Workload
+from autofit.spec import (
+    BadInput,
+    Failure,
+    Measurement,
+    NothingFits,
+    Phase,
+    Plan,
+    Why,
+    Workload,
+)
 from autofit.techniques import KINDS, applied
 from autofit.techniques.streamed import Streamed
 from autofit.trial import InProcess, Job, Request, Worker, generate
-from autofit.trial.cap import Outside
+from autofit.trial.cap import Outside, check_trial_room
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
 from autofit.trial.reference import Reference
+from autofit.trial.run import measure
+from autofit.trial.worker import serve
 
 RESIDENT = Plan((KINDS["resident"](),))
 HALF = Plan((KINDS["half_precision"]("bfloat16"), KINDS["resident"]()))
@@ -424,6 +436,64 @@ class TestOutside:
 
     def test_is_nothing_on_the_cpu(self) -> None:
         assert Outside.of(CPU, samples.device(), None).held_bytes() == 0
+
+
+class TestRoom:
+    """Free memory is looked at before a trial: what others hold is no fault of the plan."""
+
+    OUTSIDE = Outside(torch.device("cuda:0"), others_bytes=0, least_bytes=500_000_000)
+
+    @pytest.fixture(autouse=True)
+    def _card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 24 GB others hold 5, and this process 1 in torch's allocator and 0.5 beside it."""
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10**9)
+        monkeypatch.setattr(memory, "own_bytes", lambda _: None)
+        monkeypatch.setattr(memory, "total_bytes", lambda _: 24 * 10**9)
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 17_500_000_000)
+        monkeypatch.setattr(memory, "holders", lambda _: [("blender (4711)", 5 * 10**9)])
+
+    @pytest.mark.parametrize(
+        "asked",
+        [{"cap_bytes": 20 * 10**9}, {"cap_bytes": 10**9, "needed_bytes": 20 * 10**9}],
+    )
+    def test_a_card_too_full_is_said_and_nothing_is_run(self, asked: dict[str, int]) -> None:
+        request = Request(**({"plan": RESIDENT, "workload": SMALL, "cap_bytes": None} | asked))
+        with pytest.raises(NothingFits) as raised:
+            measure(object(), request, self.OUTSIDE)
+        assert str(raised.value) == (
+            "cuda:0 has 16.30 GiB free and a trial needs 16.95 GiB more; others hold it (blender"
+            " (4711) 4.66 GiB): end them, or plan for a smaller budget"
+        )
+
+    @pytest.mark.parametrize("needed_bytes", [0, 18 * 10**9, 19_300_000_000])
+    def test_what_is_free_and_what_is_ours_will_do(self, needed_bytes: int) -> None:
+        check_trial_room(self.OUTSIDE, needed_bytes)
+
+    def test_no_more_is_needed_than_the_card_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 22_500_000_000)  # no others
+        check_trial_room(self.OUTSIDE, 32 * 10**9)
+
+    def test_what_nvml_says_that_we_hold_is_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "own_bytes", lambda _: 2_500_000_000)
+        check_trial_room(self.OUTSIDE, 20 * 10**9)
+
+
+def test_a_worker_answers_that_the_card_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise NothingFits("cuda:0 has 1 GiB free", None)
+
+    monkeypatch.setattr("autofit.trial.worker.measure", full)
+    ours, theirs = multiprocessing.Pipe()
+    serving = threading.Thread(target=serve, args=(theirs,))
+    serving.start()
+    ours.send(Job("tiny-sd", None, "cpu"))
+    assert ours.recv().device.kind == "cpu"
+    worker = Worker.__new__(Worker)
+    worker._process, worker._connection = object(), ours  # type: ignore[assignment]
+    with pytest.raises(NothingFits, match="cuda:0 has 1 GiB free"):
+        worker.measure(Request(RESIDENT, SMALL, None))
+    ours.close()
+    serving.join()
 
 
 class TestWorker:

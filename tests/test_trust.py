@@ -22,6 +22,7 @@ from autofit.spec import (
     Evidence,
     Failure,
     Fidelity,
+    NothingFits,
     Outcome,
     Part,
     Phase,
@@ -373,14 +374,18 @@ class TestTried:
     )
     def test_it_is_whole_generations_under_the_cap(self, budget_bytes: int, cap_bytes: int) -> None:
         machine = Machine()
-        assert trust.tried(machine, FAST, worlds.LARGE, budget_bytes) == AGAIN
+        assert trust.tried(machine, PROFILE, worlds.LARGE, budget_bytes) == AGAIN
         *_, whole = machine.requests
-        short = Request(FAST, worlds.LARGE, cap_bytes, cost.outside_bytes(HERE))
-        assert whole == replace(short, full=True, reference=whole.reference)
+        outside_bytes = cost.outside_bytes(HERE)
+        short = Request(FAST, worlds.LARGE, cap_bytes, outside_bytes)
+        needed_bytes = MEASURED.peak_bytes - MEASURED.non_torch_bytes + outside_bytes
+        assert whole == replace(
+            short, full=True, reference=whole.reference, needed_bytes=needed_bytes
+        )
 
     def test_it_is_compared_with_the_most_faithful_plan_that_should_fit(self) -> None:
         machine = Machine()
-        trust.tried(machine, FAST, worlds.LARGE, BUDGET)
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
         first, whole = machine.requests
         assert first.plan.fidelity is Fidelity.EXACT
         assert (first.full, first.cap_bytes) == (False, BUDGET)
@@ -389,9 +394,9 @@ class TestTried:
 
     def test_it_is_never_compared_with_itself(self) -> None:
         machine = Machine()
-        trust.tried(machine, FAST, worlds.LARGE, BUDGET)
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
         exact = machine.requests[0].plan
-        trust.tried(machine, exact, worlds.LARGE, BUDGET)
+        trust.tried(machine, replace(PROFILE, plan=exact), worlds.LARGE, BUDGET)
         other = machine.requests[2].plan
         assert other.fidelity is Fidelity.EXACT
         assert other.placement.name != exact.placement.name
@@ -402,12 +407,30 @@ class TestTried:
         assert second.output == whole.reference
 
     def ran(self, machine: Machine) -> list[Request]:
-        trust.tried(machine, FAST, worlds.LARGE, BUDGET)
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
         return machine.requests
+
+    def test_what_others_hold_of_the_card_is_not_there_for_the_plan_to_compare_with(self) -> None:
+        class Crowded(Machine):
+            @property
+            def subject(self) -> Subject:
+                return Subject(worlds.SDXL, self.device, others_bytes=77 * GIB)
+
+        first, _ = self.ran(Crowded())
+        assert first.plan.placement.resident_bytes(worlds.SDXL, Phase.STEP) < 3 * GIB
+
+    def test_a_card_that_others_fill_is_no_evidence_against_the_plan(self, home: Path) -> None:
+        class Full(Machine):
+            def measure(self, request: Request) -> Outcome:
+                raise NothingFits("cuda:0 has 1.00 GiB free", None)
+
+        with pytest.raises(NothingFits, match=r"1\.00 GiB free"):
+            trust.given(PROFILE, Full().ask())
+        assert kept(home) == []
 
     def test_where_no_other_plan_should_fit_it_is_run_all_the_same(self) -> None:
         machine = Machine()
-        assert trust.tried(machine, FAST, worlds.LARGE, 10**9) == AGAIN
+        assert trust.tried(machine, PROFILE, worlds.LARGE, 10**9) == AGAIN
         assert machine.tried == [FAST] == [r.plan for r in machine.requests]
 
     @pytest.mark.parametrize(
@@ -424,7 +447,7 @@ class TestTried:
                 return outcomes[len(self.tried) - 1] if request.full else AGAIN
 
         machine = Loading()
-        assert trust.tried(machine, FAST, worlds.LARGE, BUDGET) == outcomes[runs - 1]
+        assert trust.tried(machine, PROFILE, worlds.LARGE, BUDGET) == outcomes[runs - 1]
         assert machine.requests[1:] == machine.requests[1:2] * runs
 
 

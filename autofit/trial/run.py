@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from autofit import anatomy, pinning, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
-from autofit.trial.cap import Outside, capped
+from autofit.trial.cap import Outside, capped, check_trial_room
 from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
 from autofit.trial.reference import Reference
 
@@ -39,7 +39,8 @@ class Request:
     ``cap_bytes`` is for the whole process; None measures without a cap. ``set_aside_bytes`` of it
     are for what is not torch's, as earlier trials saw it: libraries load lazily, so a fresh process
     does not show it yet. ``give_up_s``: stop as soon as the whole image is sure to take longer.
-    ``full``: the whole number of steps, twice.
+    ``full``: the whole number of steps, twice. ``needed_bytes``: what the card must have for it,
+    where that is known to be less than the cap.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Request:
     full: bool = False
     output: Path | None = None  # where the image goes, to be another trial's reference
     reference: Path | None = None  # what to compare with: ``output`` of another trial
+    needed_bytes: int | None = None
 
 
 class _CannotWin(Exception):
@@ -57,7 +59,12 @@ class _CannotWin(Exception):
 
 
 def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
-    """Run one trial. The pipe is found with its weights on the CPU, and left so."""
+    """Run one trial. The pipe is found with its weights on the CPU, and left so.
+
+    Raises:
+        NothingFits: other processes hold so much of the card that it would fail of them.
+    """
+    check_trial_room(outside, request.needed_bytes or request.cap_bytes or 0)
     failure: Failure | None = None
     trial = _Trial(pipe, request, outside)
     if not request.plan.placement.page_locks:
