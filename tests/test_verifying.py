@@ -15,7 +15,7 @@ import samples
 from conftest import Pipes
 from test_cli import Ended, autofit
 
-from autofit import probe, session, store
+from autofit import probe, session, store, verifying
 from autofit.forecast import TIME_BAND
 from autofit.match import environment
 from autofit.spec import (
@@ -36,6 +36,7 @@ from autofit.techniques import KINDS
 from autofit.trial import InProcess, Request
 
 GB = 10**9
+SHIPPED = sorted((Path(__file__).parent.parent / "profiles").glob("*.yaml"))
 WORKLOAD = Workload(64, 64, 2, passes=2)
 PLAN = Plan((KINDS["half_precision"]("bfloat16"), samples.RESIDENT))
 OFFLOAD = Plan((KINDS["sequential_offload"](),))
@@ -309,6 +310,45 @@ class TestPredicted:
         parts = tuple(larger if p is unet else p for p in profile.components)
         store.save(replace(profile, components=parts), path)
         assert re.search(r"\(unet has .+ in the profile, .+ here\)", refusal(path, *GPU))
+
+
+# ---------------------------------------------------------------- the model that it is for
+
+
+class TestModel:
+    def test_is_found_by_the_profile_where_it_is_built_in(
+        self, path: Path, in_process: Callable[..., list[Request]]
+    ) -> None:
+        asked = in_process(samples.measurement())
+        ended = autofit("verify", str(path), "--device", "cpu")
+        assert (ended.code, ended.err) == (0, "")
+        assert asked[-1].plan == PLAN
+        assert autofit("verify", str(path), *GPU).code == 0
+
+    @pytest.mark.parametrize("profile_path", SHIPPED, ids=lambda p: p.stem)
+    def test_of_what_is_shipped(self, profile_path: Path) -> None:
+        found = verifying._built_in(store.load(profile_path), profile_path, None)
+        assert found == profile_path.name.partition("--")[0]
+
+    @pytest.mark.parametrize("options", [("--device", "cpu"), GPU])
+    @pytest.mark.parametrize(
+        ("changes", "dtype"), [({"fingerprint": "f" * 64}, ()), ({}, ("--dtype", "bfloat16"))]
+    )
+    def test_is_to_be_named_where_it_is_not(
+        self,
+        options: tuple[str, ...],
+        changes: dict[str, Any],
+        dtype: tuple[str, ...],
+        profile: Profile,
+        path: Path,
+    ) -> None:
+        store.save(replace(profile, **changes), path)
+        ended = autofit("verify", str(path), *options, *dtype)
+        assert ended.code == 2
+        assert ended.complaint == (
+            f"profile {path}: no built-in StableDiffusionPipeline has its configuration and dtypes:"
+            " name the model that it is for, as autofit verify profile.yaml org/name"
+        )
 
 
 # ---------------------------------------------------------------- bad input
