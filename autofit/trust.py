@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from autofit import cost, host_budget, places, store
 from autofit.budgeted import references, same_but_weights
-from autofit.match import Level, Match, environment, match, needed_bytes
+from autofit.match import Level, Match, environment, larger, match, needed_bytes
 from autofit.places import Place, Question
 from autofit.sampler import Task
 from autofit.spec import (
@@ -91,6 +91,21 @@ def stored(ask: Ask, at_worst: Fidelity) -> Trusted | None:
     best = min(found, key=lambda t: (t.match.level.rank, t.profile.measured.image_s))
     trusted = _settled(best.profile, ask)
     return trusted if trusted.match.level.is_usable else None
+
+
+def smaller(ask: Ask, at_worst: Fidelity) -> Profile | None:
+    """The stored profile to plan from where what is asked for is larger than was measured: of those
+    within the budget that for the largest workload, and of these that for the largest budget."""
+    found = [
+        profile
+        for profile in _alike(ask, at_worst)
+        if larger(profile.workload, ask.workload) and profile.budget_bytes <= ask.budget_bytes
+    ]
+    return max(found, key=lambda p: (_count(p.workload), p.budget_bytes), default=None)
+
+
+def _count(workload: Workload) -> int:
+    return workload.pixels * workload.batch * workload.frames
 
 
 def tried(measurer: Measurer, profile: Profile, workload: Workload, budget_bytes: int) -> Outcome:
@@ -223,6 +238,11 @@ def _candidates(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
     if exact is not None and ask.match(exact).level is Level.SAME:
         yield exact
         return
+    yield from _alike(ask, at_worst)
+
+
+def _alike(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
+    """All profiles of this pipeline that are as faithful as ``at_worst``."""
     known, _ = places.items(places.places())  # faults were told of by find
     for item in known:
         entry = item.entry

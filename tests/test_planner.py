@@ -11,12 +11,14 @@ from typing import Any
 import optuna
 import pytest
 import samples
+import worlds
 from conftest import Pipes
 from optuna.storages.journal import JournalFileBackend
 from samples import GIB, measurement
 
-from autofit import probe
+from autofit import cost, planner, probe
 from autofit.planner import Effort, Goal, Interrupted, Listener, Planned, find_plan, workload_for
+from autofit.sampler import Task
 from autofit.spec import (
     AutofitError,
     BadInput,
@@ -30,6 +32,7 @@ from autofit.spec import (
     Why,
     Workload,
 )
+from autofit.techniques import KINDS
 from autofit.techniques.space import legal_plans
 from autofit.trial import InProcess, Request, Subject
 
@@ -248,6 +251,32 @@ class TestFindPlan:
         planned = find_plan(resumed, GOAL, Effort(trials=1))
         assert [a.plan for a in planned.attempts[:2]] == stopped.short
         assert len(resumed.short) == 1
+
+    def test_the_plan_of_a_smaller_workload_is_among_the_first(
+        self, pipes: Pipes, home: Path
+    ) -> None:
+        plan = Plan((KINDS["half_precision"]("bfloat16"), KINDS["two_passes"](), samples.RESIDENT))
+        begin = samples.profile(plan=plan, workload=Workload(64, 64, 4, passes=2))
+        goal, told = dataclasses.replace(GOAL, size=(128, 64)), list[str]()
+        for profile, says in ((begin, True), (samples.profile(), False)):  # its tiles do nothing
+            measurer = Recording(pipes["tiny-sd"])
+            listener = Listener(stage=told.append)
+            effort = Effort(trials=2, fresh=True)
+            find_plan(measurer, goal, effort, listener=listener, begin=profile)
+            assert (measurer.short[1] == plan) is says
+        assert [text for text in told if "begins" in text] == [
+            "begins with the plan of a profile for 64x64, 4 steps, with guidance"
+        ]
+
+    def test_its_weights_are_left_open_for_the_budget(self) -> None:
+        plans = legal_plans(worlds.SDXL, worlds.CARD, worlds.LARGE)
+        task = Task(plans, worlds.SDXL, worlds.CARD, worlds.LARGE, 8 * GIB)
+        filled = cost.placed(samples.FAST, dataclasses.replace(worlds.STREAMED, weights_bytes=GIB))
+        begin = samples.profile(plan=Plan(filled.techniques[1:]))
+        tiled = dataclasses.replace(samples.TILED, overlap=0.125)
+        assert planner._opened(begin, task) == []  # no such tiles
+        begin = samples.profile(plan=Plan((tiled, filled.placement)))
+        assert planner._opened(begin, task) == [Plan((tiled, worlds.STREAMED))]
 
     def test_nothing_fits_names_a_budget_that_does(self, pipes: Pipes, home: Path) -> None:
         measurer = InProcess(pipes["tiny-sd"], "cpu")

@@ -365,6 +365,36 @@ class TestStored:
         assert stored(Machine().ask()) == (LEAN, Level.CARD)
 
 
+class TestSmaller:
+    """Where more is asked for than was measured, a plan of less is what planning begins with."""
+
+    LARGER = replace(worlds.LARGE, batch=2)
+
+    @pytest.fixture(autouse=True)
+    def _nothing_shipped(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("autofit.places.SHIPPED", tmp_path / "nothing")
+
+    def smaller(
+        self, budget_bytes: int = BUDGET, at_worst: Fidelity = Fidelity.LOSSY
+    ) -> Profile | None:
+        return trust.smaller(Machine().ask(self.LARGER, budget_bytes), at_worst)
+
+    def test_is_the_largest_workload_and_then_the_largest_budget(self) -> None:
+        assert self.smaller() is None
+        store.keep(replace(PROFILE, workload=SMALLER))
+        store.keep(replace(PROFILE, budget_bytes=BUDGET - 1))
+        assert self.smaller() == replace(PROFILE, budget_bytes=BUDGET - 1)
+        store.keep(PROFILE)
+        assert self.smaller() == PROFILE
+
+    def test_is_not_what_is_for_as_much_or_for_a_larger_budget_or_less_faithful(self) -> None:
+        store.keep(replace(PROFILE, workload=self.LARGER))
+        store.keep(PROFILE)
+        assert self.smaller(BUDGET - 1) is None
+        assert self.smaller(at_worst=Fidelity.NUMERIC) is None
+        assert self.smaller() == PROFILE
+
+
 # ---------------------------------------------------------------- one trial
 
 
