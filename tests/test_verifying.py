@@ -18,6 +18,7 @@ from test_cli import Ended, autofit
 from autofit import probe, session, store, verifying
 from autofit.forecast import TIME_BAND
 from autofit.match import environment
+from autofit.plain import plain
 from autofit.spec import (
     Device,
     Evidence,
@@ -310,6 +311,28 @@ class TestPredicted:
         parts = tuple(larger if p is unet else p for p in profile.components)
         store.save(replace(profile, components=parts), path)
         assert re.search(r"\(unet has .+ in the profile, .+ here\)", refusal(path, *GPU))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15--H200--8GiB--3840x2224-20steps",
+        pytest.param("sdxl--H100--8GiB--1024x1024-30steps", marks=pytest.mark.slow),
+        pytest.param("flux-dev--H200--8GiB--1024x1024-28steps", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_shipped_for_8_gib_keeps_its_plan_on_a_card_of_8_gib(name: str) -> None:
+    """Measured on a card ten times as large, whose allocator was capped."""
+    path = next(p for p in SHIPPED if p.stem == name)
+    profile = store.load(path)
+    ended = autofit("verify", str(path), name.partition("--")[0], *GPU, "--json")
+    assert ended.code == 0
+    found = json.loads(ended.out)
+    assert found["match"]["level"] == "other card with enough memory"
+    assert found["plan"] == plain(profile.plan)
+    image_s, (least_s, most_s) = found["predicted"]["image_s"], found["image_s_band"]
+    assert profile.measured.image_s < least_s < image_s < most_s
+    assert found["predicted"]["peak_bytes"] < found["on"]["total_bytes"] < 8 * samples.GIB
 
 
 # ---------------------------------------------------------------- the model that it is for
