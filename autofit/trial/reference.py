@@ -22,7 +22,6 @@ BARS_DB = {Fidelity.EXACT: 45.0, Fidelity.NUMERIC: 25.0, Fidelity.LOSSY: 15.0}
 # is told to try all. What is lossy decodes otherwise, and leaves the latents as they were.
 LATENTS_BARS_DB = BARS_DB | {Fidelity.LOSSY: BARS_DB[Fidelity.NUMERIC]}
 
-
 Array = np.ndarray[Any, Any]
 
 
@@ -95,7 +94,7 @@ def _psnr_db(found: Array, reference: Array, peak: float) -> float:
     """Minus infinite where they have other sizes, or what was found is not finite."""
     if found.shape != reference.shape:
         return -math.inf
-    error = float(np.mean((found.astype(np.float64) - reference) ** 2))
+    error = float(np.mean((found.astype(np.float32) - reference) ** 2, dtype=np.float64))
     if error == 0:
         return math.inf
     ratio = peak**2 / error
