@@ -19,11 +19,10 @@ from autofit import anatomy, cost, host, host_budget, living, probe, prompts, te
 from autofit.match import Match, needed_bytes
 from autofit.probe import memory
 from autofit.retrying import retrying
-from autofit.spec import BadInput, Device, NothingFits, Pipeline, Plan, Profile
+from autofit.spec import BadInput, Device, Pipeline, Plan, Profile
 from autofit.trial import release
-from autofit.trial.cap import Outside, capped
+from autofit.trial.cap import Outside, capped, check_room
 from autofit.trust import Trusted
-from autofit.units import format_bytes
 
 NARROWER = 0.05  # of the budget
 _LIVE: WeakSet[Applied] = WeakSet()
@@ -253,18 +252,10 @@ class _Budget:
 
     def _check_room(self) -> None:
         device = self._outside.device
-        free_bytes = memory.free_bytes(device)
         own_bytes = torch.cuda.memory_reserved(device) + self._outside.held_bytes()
-        short_bytes = self.needed_bytes + self._beside_bytes - own_bytes
-        if short_bytes <= free_bytes:
-            return
-        needed, free = format_bytes(short_bytes), format_bytes(free_bytes)
         beside = ", with those of other pipes here," if self._beside_bytes else ""
-        raise NothingFits(
-            f"{device} has {free} free and the plan{beside} needs {needed} more; others hold it"
-            f" ({memory.holders_text(device)}): end them, or plan for a smaller budget",
-            None,
-        )
+        needed_bytes = self.needed_bytes + self._beside_bytes
+        check_room(device, needed_bytes, own_bytes, f"the plan{beside}")
 
 
 def applied_on(device: torch.device) -> list[Applied]:

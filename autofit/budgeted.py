@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Trials:
         self.measurer, self.task, self.image = measurer, task, image
         self._set_aside_bytes = 0
         self._began = False
-        self.first = [r] if (r := self._choose_reference()) else []
+        self.first = [*islice(references(task), 1)]
 
     def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
         """One trial. The first that succeeds is the reference that the others are compared with;
@@ -53,7 +53,7 @@ class Trials:
         """A trial whose image is kept. Where another machine of the study has measured the
         reference, that is run here first, for its image alone."""
         began, self._began = self._began, True
-        if not began and self.first and not _same_but_weights(plan, self.first[0]):
+        if not began and self.first and not same_but_weights(plan, self.first[0]):
             self._make_image()
             if self.image.exists():
                 return self._measure(plan, reference=self.image)
@@ -84,7 +84,12 @@ class Trials:
                 continue
             if outcome.psnr_db is None:  # the reference's image is another machine's
                 seen = attempt.outcome
-                outcome = replace(outcome, psnr_db=seen.psnr_db, reference=seen.reference)
+                outcome = replace(
+                    outcome,
+                    psnr_db=seen.psnr_db,
+                    reference=seen.reference,
+                    latents_psnr_db=seen.latents_psnr_db,
+                )
             verified.append(Attempt(plan, outcome))
         if not verified:
             larger = "; try a budget a little larger" if ran_out(failures[-1]) else ""
@@ -130,33 +135,37 @@ class Trials:
             self._set_aside_bytes = max(self._set_aside_bytes, outcome.non_torch_bytes)
         return outcome
 
-    def _choose_reference(self) -> Plan | None:
-        """The most faithful plan that should fit, with the fewest techniques: the pipe as it is, if
-        at all possible. Only the plans that it takes to tell are predicted."""
-        limit_s = REFERENCE_SLOWER * self._fastest_s()
-        for _, alike in groupby(sorted(self.task.plans, key=_strangeness), key=_strangeness):
-            image_s, plan = min(((self._predicted_s(p), p) for p in alike), key=lambda row: row[0])
-            if image_s <= limit_s and image_s < math.inf:
-                return plan
-        return None
 
-    def _fastest_s(self) -> float:
-        """Seconds an image of the fastest way to cast, place and decode, with all that goes with
-        it: anything else is hardly faster. Infinite where none of these ways should fit."""
-        ways = [p for p in self.task.plans if _way(p) == p.techniques]
-        best = min(ways, key=self._predicted_s, default=None)
-        alike = (p for p in self.task.plans if best and _way(p) == best.techniques)
-        return min(map(self._predicted_s, alike), default=math.inf)
+# ---------------------------------------------------------------- what others are compared with
 
-    def _predicted_s(self, plan: Plan) -> float:
-        """Seconds an image; infinite where the plan should not fit."""
-        task = self.task
-        facts = task.pipeline, task.device, task.workload
-        completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
-        if completed is None:
-            return math.inf
-        predicted = cost.predict(completed, *facts, task.basis)
-        return predicted.image_s if predicted.peak_bytes <= task.budget_bytes else math.inf
+
+def references(task: Task) -> Iterator[Plan]:
+    """Plans to compare others with: the most faithful that should fit, with the fewest techniques,
+    first: the pipe as it is, if at all possible. Only those that it takes to tell are predicted."""
+    limit_s = REFERENCE_SLOWER * _fastest_s(task)
+    for _, alike in groupby(sorted(task.plans, key=_strangeness), key=_strangeness):
+        image_s, plan = min(((_predicted_s(p, task), p) for p in alike), key=lambda row: row[0])
+        if image_s <= limit_s and image_s < math.inf:
+            yield plan
+
+
+def _fastest_s(task: Task) -> float:
+    """Seconds an image of the fastest way to cast, place and decode, with all that goes with it:
+    anything else is hardly faster. Infinite where none of these ways should fit."""
+    ways = [p for p in task.plans if _way(p) == p.techniques]
+    best = min(ways, key=lambda p: _predicted_s(p, task), default=None)
+    alike = (p for p in task.plans if best and _way(p) == best.techniques)
+    return min((_predicted_s(p, task) for p in alike), default=math.inf)
+
+
+def _predicted_s(plan: Plan, task: Task) -> float:
+    """Seconds an image; infinite where the plan should not fit."""
+    facts = task.pipeline, task.device, task.workload
+    completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
+    if completed is None:
+        return math.inf
+    predicted = cost.predict(completed, *facts, task.basis)
+    return predicted.image_s if predicted.peak_bytes <= task.budget_bytes else math.inf
 
 
 def _way(plan: Plan) -> tuple[Technique, ...]:
@@ -168,7 +177,7 @@ def _strangeness(plan: Plan) -> tuple[int, int]:
     return plan.fidelity.rank, len(plan.techniques)
 
 
-def _same_but_weights(one: Plan, other: Plan) -> bool:
+def same_but_weights(one: Plan, other: Plan) -> bool:
     """Whether two plans differ at most in the weights that an open placement was given."""
     placements = one.placement, other.placement
     return one.techniques[:-1] == other.techniques[:-1] and placements[0].name == placements[1].name

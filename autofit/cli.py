@@ -186,7 +186,10 @@ def show(
 @app.command()
 def verify(
     profile: Annotated[Path, typer.Argument(help="A profile's file.")],
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="The model that it is for, where that is not a built-in one."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     gpu: Annotated[

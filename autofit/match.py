@@ -74,7 +74,7 @@ def match(
     this budget. The level is that of what differs most."""
     why = (
         unlike(profile, pipeline)
-        or _larger(profile.workload, workload)
+        or larger(profile.workload, workload)
         or _other_budget(profile, budget_bytes)
         or _cannot(profile, pipeline, device, workload)
     )
@@ -156,7 +156,8 @@ def _unlike(there: Part, here: Part) -> str | None:
 # ---------------------------------------------------------------- the question
 
 
-def _larger(measured: Workload, asked: Workload) -> str | None:
+def larger(measured: Workload, asked: Workload) -> str | None:
+    """What is more of what is asked for than was measured, or None."""
     if asked.passes != measured.passes:
         return f"it is for {measured.passes} denoiser passes a step, and {asked.passes} are asked"
     for name in ("width", "height", "batch", "frames"):

@@ -14,6 +14,7 @@ from autofit import cost, host_budget, limits, studies, techniques
 from autofit.budgeted import Trials
 from autofit.goals import Goal, fidelity_named, too_little, workload_for
 from autofit.match import environment
+from autofit.report import workload_text
 from autofit.sampler import Task, is_fault, ranking
 from autofit.search import Found, Limits, Progress, search
 from autofit.spec import (
@@ -30,11 +31,11 @@ from autofit.spec import (
 )
 from autofit.techniques.space import legal_plans
 from autofit.trial import Measurer, Subject
+from autofit.trial.cap import LIBRARIES_BYTES
 from autofit.units import format_bytes
 
 RUNGS = 4  # of a profile's ladder, at most
 CLEAR_STEP = 0.9  # of the peak before it: the most that the next rung may need
-OWN_BYTES = 300_000_000  # libraries that this process had loaded before count as others'
 RESUMES = "interrupted; the same command resumes"
 
 Foresee = Callable[[Task], cost.Basis]
@@ -114,14 +115,20 @@ def find_plan(
     foresee: Foresee = lambda _: {},
     helped: AbstractContextManager[Any] | None = None,
     after: Planned | None = None,
+    begin: Profile | None = None,
 ) -> Planned:
     """Search and verify. ``defaults`` names a built-in model whose size and steps are taken.
     ``foresee`` says of a task what is known of each phase before a trial; ``helped`` is entered
     while the study is searched, for others to search it too. ``after`` was planned of the same
-    question for a larger budget: what was tried there is known here."""
-    task, unhosted, trials, searched = _begun(measurer, goal, effort, defaults, foresee, after)
+    question for a larger budget: what was tried there is known here. The plan of ``begin`` is among
+    the first that are tried, where it can be."""
+    task, unhosted, trials, searched = _begun(
+        measurer, goal, effort, defaults, foresee, after, begin
+    )
     pipeline, device, workload = task.pipeline, task.device, task.workload
     listener.stage(f"{len(task.plans)} legal plans for {pipeline.cls} on {device.name}")
+    if begin is not None and _opened(begin, task):
+        listener.stage(f"begins with the plan of a profile for {workload_text(begin.workload)}")
     with helped or nullcontext():
         found = searched(on_progress=listener.progress)
     _check_found(task, found, trials)
@@ -149,6 +156,7 @@ def _begun(
     defaults: str | None,
     foresee: Foresee,
     after: Planned | None = None,
+    begin: Profile | None = None,
 ) -> tuple[Task, host_budget.RuledOut, Trials, Callable[..., Found]]:
     """What is searched for, and what the host's memory rules out; who measures it, and the search
     itself, its study opened."""
@@ -167,7 +175,7 @@ def _begun(
         task,
         trials.short,
         limits=Limits(effort.trials, effort.timeout_s),
-        first=trials.first,
+        first=[*trials.first, *(_opened(begin, task) if begin else [])],
         storage=studies.storage(effort.storage, name, fresh=effort.fresh),
         name=name,
         known=after.attempts if after else (),
@@ -175,11 +183,17 @@ def _begun(
     return task, unhosted, trials, searched
 
 
+def _opened(profile: Profile, task: Task) -> list[Plan]:
+    """A profile's plan with its weights on the device left open, if it is one of a task's."""
+    opened = cost.placed(profile.plan, profile.plan.placement.opened)
+    return [plan for plan in task.plans if plan == opened]
+
+
 def _check_room(subject: Subject, budget_bytes: int) -> None:
     """Say so where others hold so much of the card that the budget is not to be had."""
     device, others_bytes = subject.device, subject.others_bytes
     left_bytes = device.total_bytes - others_bytes
-    if others_bytes <= OWN_BYTES or budget_bytes <= left_bytes:
+    if others_bytes <= LIBRARIES_BYTES or budget_bytes <= left_bytes:
         return
     budget, left, held = map(format_bytes, (budget_bytes, left_bytes, others_bytes))
     raise NothingFits(

@@ -20,7 +20,7 @@ from autofit import anatomy, host, host_budget, pinning, probe, report, store, t
 from autofit.applied import Applied, applied_on, parked
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
-from autofit.planner import Effort, Planned, find_plan
+from autofit.planner import Effort, Listener, Planned, find_plan
 from autofit.spec import BadInput, Profile, Workload
 from autofit.trial import InProcess, Job, Measurer, Worker
 from autofit.trial import generate as run_pipe
@@ -200,12 +200,13 @@ def save_images(images: list[Any], path: Path) -> list[Path]:
 
 def _stored_or_planned(pipe: Any, device: str, goal: Goal, effort: Effort) -> Trusted:
     workload = workload_for(probe.facts(pipe), goal)
-    ask = _ask(pipe, device, workload, goal)
-    trusted = trust.stored(ask, fidelity_named(goal.fidelity))
+    ask, at_worst = _ask(pipe, device, workload, goal), fidelity_named(goal.fidelity)
+    trusted = trust.stored(ask, at_worst)
     if trusted is not None:
         return trusted
     with measuring(pipe, device) as measurer:
-        planned = find_plan(measurer, goal, effort)
+        begin = trust.smaller(ask, at_worst)
+        planned = find_plan(measurer, goal, effort, listener=Listener(_log.info), begin=begin)
         _try_to_keep(planned)
     return Trusted(planned.profile, Match(Level.SAME, "planned here"))
 

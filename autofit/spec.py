@@ -482,6 +482,7 @@ class Measurement:
     psnr_db: float | None = None  # against the reference output; None where there was none
     reference: str | None = None  # the plan that made the reference
     starved: int = 0  # allocations refused and done without: cuDNN takes a slower kernel then
+    latents_psnr_db: float | None = None  # as ``psnr_db``, of the latents that were decoded
 
 
 class Why(StrEnum):

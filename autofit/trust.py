@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from autofit import cost, places, store
-from autofit.match import Level, Match, environment, match
+from autofit import cost, host_budget, places, store
+from autofit.budgeted import references, same_but_weights
+from autofit.match import Level, Match, environment, larger, match, needed_bytes
 from autofit.places import Place, Question
+from autofit.sampler import Task
 from autofit.spec import (
     BadInput,
     Device,
@@ -24,9 +30,11 @@ from autofit.spec import (
     Why,
     Workload,
 )
-from autofit.trial import Measurer, Request
+from autofit.techniques.space import legal_plans
+from autofit.trial import Measurer, Request, Subject
 from autofit.units import format_bytes, format_seconds
 
+REFERENCES = 2  # plans that are run for something to compare with, till one has made it
 MACHINES = 100  # of which a profile keeps what came of its plan: each is 1 to 3 KB of its 1 MiB
 
 
@@ -58,6 +66,7 @@ def given(profile: Profile, ask: Ask) -> Trusted:
 
     Raises:
         BadInput: it does not match, or neither its plan nor a leaner one holds here.
+        NothingFits: other processes hold so much of the card that it cannot be verified.
     """
     reasons: list[str] = []
     for candidate in (profile, *_leaner(profile)):
@@ -84,14 +93,48 @@ def stored(ask: Ask, at_worst: Fidelity) -> Trusted | None:
     return trusted if trusted.match.level.is_usable else None
 
 
-def tried(measurer: Measurer, plan: Plan, workload: Workload, budget_bytes: int) -> Outcome:
-    """Run a plan in whole generations under the cap, without which nothing is trusted."""
-    device = measurer.subject.device
+def smaller(ask: Ask, at_worst: Fidelity) -> Profile | None:
+    """The stored profile to plan from where what is asked for is larger than was measured: of those
+    within the budget that for the largest workload, and of these that for the largest budget."""
+    found = [
+        profile
+        for profile in _alike(ask, at_worst)
+        if larger(profile.workload, ask.workload) and profile.budget_bytes <= ask.budget_bytes
+    ]
+    return max(found, key=lambda p: (_count(p.workload), p.budget_bytes), default=None)
+
+
+def _count(workload: Workload) -> int:
+    return workload.pixels * workload.batch * workload.frames
+
+
+def tried(measurer: Measurer, profile: Profile, workload: Workload, budget_bytes: int) -> Outcome:
+    """Run a profile's plan in whole generations under the cap, without which nothing is trusted.
+    What it makes is compared with what the most faithful other plan does, which is run short.
+
+    Raises:
+        NothingFits: other processes hold so much of the card that the plan cannot run.
+    """
+    subject, device, plan = measurer.subject, measurer.subject.device, profile.plan
     cap_bytes = min(budget_bytes, device.total_bytes)
-    request = Request(plan, workload, cap_bytes, cost.outside_bytes(device), full=True)
-    outcome = measurer.measure(request)
-    if isinstance(outcome, Failure) and outcome.why is Why.OVER_BUDGET:
-        outcome = measurer.measure(request)  # libraries were loaded in it, and count from now on
+    room_bytes = min(cap_bytes, device.total_bytes - subject.others_bytes)
+    short = Request(
+        plan,
+        workload,
+        cap_bytes,
+        cost.outside_bytes(device),
+        needed_bytes=needed_bytes(profile.measured, device),
+    )
+    with TemporaryDirectory() as folder:
+        image = Path(folder) / "reference.npz"
+        for other in islice(_others(plan, subject, workload, room_bytes), REFERENCES):
+            measurer.measure(replace(short, plan=other, output=image))
+            if image.exists():
+                break
+        whole = replace(short, full=True, reference=image)
+        outcome = measurer.measure(whole)
+        if isinstance(outcome, Failure) and outcome.why is Why.OVER_BUDGET:
+            outcome = measurer.measure(whole)  # libraries were loaded in it, and count from now on
     return outcome
 
 
@@ -108,9 +151,27 @@ def outcome_text(outcome: Outcome) -> str:
     """What came of a verifying trial, in a few words."""
     if isinstance(outcome, Measurement):
         seconds, peak = format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes)
-        return f"verified here: {seconds} a generation, peak {peak}"
+        return f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"
     phase = f" in {outcome.phase.value}" if outcome.phase else ""
     return f"verified here, it failed: {outcome.why.value}{phase}"
+
+
+def _compared(measured: Measurement) -> str:
+    if measured.psnr_db is None:
+        return "its image compared with none, for no other plan ran"
+    if math.isinf(measured.psnr_db):
+        return f"its image the same as that of {measured.reference}"
+    return f"its image {measured.psnr_db:.1f} dB (PSNR) from that of {measured.reference}"
+
+
+def _others(plan: Plan, subject: Subject, workload: Workload, budget_bytes: int) -> Iterator[Plan]:
+    """Plans that should fit, to compare a plan with."""
+    facts = subject.pipeline, subject.device, workload
+    plans = tuple(p for p in legal_plans(*facts) if not same_but_weights(p, plan))
+    for other in references(Task(plans, *facts, budget_bytes)):
+        fitted = cost.fitted(other, *facts, budget_bytes)
+        if fitted and host_budget.why_not(fitted, subject.pipeline, subject.device) is None:
+            yield fitted
 
 
 def _leaner(profile: Profile) -> Iterator[Profile]:
@@ -131,7 +192,7 @@ def _settled(profile: Profile, ask: Ask) -> Trusted:
     if ask.measuring is None or not (found.level.needs_trial or short):
         return Trusted(profile, found)
     with ask.measuring() as measurer:
-        outcome = tried(measurer, profile.plan, ask.workload, ask.budget_bytes)
+        outcome = tried(measurer, profile, ask.workload, ask.budget_bytes)
     profile = _recorded(profile, outcome, ask)
     text = outcome_text(outcome)
     if isinstance(outcome, Failure):
@@ -177,6 +238,11 @@ def _candidates(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
     if exact is not None and ask.match(exact).level is Level.SAME:
         yield exact
         return
+    yield from _alike(ask, at_worst)
+
+
+def _alike(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
+    """All profiles of this pipeline that are as faithful as ``at_worst``."""
     known, _ = places.items(places.places())  # faults were told of by find
     for item in known:
         entry = item.entry

@@ -8,20 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autofit import gpus, report, session, store, trust
+from autofit import architectures, gpus, probe, report, session, store, trust
 from autofit.dryrun import DryRun
+from autofit.dryrun.quiet import others_quiet
 from autofit.forecast import PEAK_BAND, TIME_BAND, Forecaster
 from autofit.match import Match, environment, match, unlike_description
 from autofit.plain import plain
 from autofit.probe import device_named
-from autofit.spec import BadInput, Device, Failure, NothingFits, Outcome, Prediction
+from autofit.spec import BadInput, Device, Failure, NothingFits, Outcome, Prediction, Profile
 from autofit.trust import Ask, Trusted
 from autofit.units import format_bytes, format_seconds
 
 
 def verify(
     path: Path,
-    model: str,
+    model: str | None,
     device: str | None,
     dtype: str | None,
     output: Path | None,
@@ -32,17 +33,19 @@ def verify(
 
     Raises:
         BadInput: the profile is for something else, or its plan cannot run here.
-        NothingFits: the plan was run and did not hold; that is written too.
+        NothingFits: the plan was run and did not hold; that is written too. Or others hold too
+            much of the card.
     """
     profile, target = store.load(path), device or session.default_device()
     device_named(target)  # before the model is loaded
+    model = model or _built_in(profile, path, dtype)
     with session.measuring(model, target, dtype) as measurer:
         subject = measurer.subject
         asked = subject.device, profile.workload, profile.budget_bytes
         found = match(replace(profile, evidence=()), subject.pipeline, *asked)
         if not found.level.is_usable:
             raise BadInput(f"profile {path}: {found.reason}: plan here with autofit plan")
-        outcome = trust.tried(measurer, profile.plan, profile.workload, profile.budget_bytes)
+        outcome = trust.tried(measurer, profile, profile.workload, profile.budget_bytes)
     on, target_path = environment(subject.device, profile.budget_bytes), output or path
     verified = trust.with_evidence(profile, outcome, on)
     store.save(verified, target_path)
@@ -63,7 +66,24 @@ def _show_verified(found: Match, outcome: Outcome, path: Path, as_json: bool) ->
         print(f"{found}; {trust.outcome_text(outcome)}\nprofile   {path}")
 
 
-def predict(path: Path, model: str, gpu: str, dtype: str | None, as_json: bool) -> None:
+def _built_in(profile: Profile, path: Path, dtype: str | None) -> str:
+    """The built-in model that a profile is for.
+
+    Raises:
+        BadInput: none is.
+    """
+    for name in (a.name for a in architectures.ARCHITECTURES if a.cls == profile.pipeline):
+        with others_quiet():
+            found = probe.fingerprint(architectures.outline(name, dtype=dtype))
+        if found == profile.fingerprint:
+            return name
+    raise BadInput(
+        f"profile {path}: no built-in {profile.pipeline} has its configuration and dtypes: name the"
+        f" model that it is for, as autofit verify {path.name} org/name"
+    )
+
+
+def predict(path: Path, model: str | None, gpu: str, dtype: str | None, as_json: bool) -> None:
     """Say what the plan, or the first of its leaner ones that should fit, needs and takes on a
     card that is not here.
 
@@ -71,7 +91,7 @@ def predict(path: Path, model: str, gpu: str, dtype: str | None, as_json: bool) 
         BadInput: no such card, the profile is for something else, or no plan of it should fit.
     """
     profile, card = store.load(path), gpus.device_for(gpu)
-    dry = DryRun(model, dtype=dtype)
+    dry = DryRun(model or _built_in(profile, path, dtype), dtype=dtype)
     differing = unlike_description(profile, dry.pipeline)
     if differing is not None:
         raise BadInput(f"profile {path}: {differing}: plan for it with autofit plan")

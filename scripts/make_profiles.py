@@ -100,8 +100,7 @@ def write(line: dict[str, Any]) -> None:
 def as_profile(data: dict[str, Any]) -> Profile:
     """Read a profile's JSON by way of its file format, which checks it."""
     for measured in (data["measured"], *(rung["measured"] for rung in data.get("ladder", ()))):
-        if measured["psnr_db"] == "Infinity":
-            measured["psnr_db"] = math.inf
+        measured.update({k: math.inf for k, found in measured.items() if found == "Infinity"})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.yaml"
         path.write_text(yaml.safe_dump(data), "utf-8")

@@ -20,12 +20,14 @@ from autofit.architectures import (
     build,
     load,
     names,
+    outline,
     published,
     tiny,
 )
 from autofit.architectures.tokenizers import clip_tokenizer, t5_tokenizer
 from autofit.architectures.weights import BLOCK, _Noise
 from autofit.dryrun import ghost
+from autofit.probe import fingerprint
 from autofit.spec import BadInput
 
 TINY = tuple(tiny.PIPELINES)
@@ -182,6 +184,18 @@ def test_rows_of_a_large_matrix_differ() -> None:
     _Noise(0, torch.float32).fill(rows, 1.0)
     assert len(rows[:, :2].unique(dim=0)) == len(rows)
     assert rows.std().item() == pytest.approx(1, abs=0.01)
+
+
+@by_name
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_an_outline_has_the_fingerprint_and_no_memory(name: str, dtype: str | None) -> None:
+    outlined = outline(name, dtype=dtype)
+    assert all(
+        parameter.is_meta
+        for module in anatomy.modules(outlined).values()
+        for parameter in module.parameters()
+    )
+    assert fingerprint(outlined) == fingerprint(build(name, dtype=dtype))
 
 
 @pytest.mark.parametrize("tokenizer", [clip_tokenizer(), clip_tokenizer(pad="!"), t5_tokenizer()])

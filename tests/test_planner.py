@@ -12,12 +12,14 @@ import numpy as np
 import optuna
 import pytest
 import samples
+import worlds
 from conftest import Pipes
 from optuna.storages.journal import JournalFileBackend
 from samples import GIB, measurement
 
-from autofit import probe
+from autofit import cost, planner, probe
 from autofit.planner import Effort, Goal, Interrupted, Listener, Planned, find_plan, workload_for
+from autofit.sampler import Task
 from autofit.spec import (
     AutofitError,
     BadInput,
@@ -31,6 +33,7 @@ from autofit.spec import (
     Why,
     Workload,
 )
+from autofit.techniques import KINDS
 from autofit.techniques.space import legal_plans
 from autofit.trial import InProcess, Request, Subject
 from autofit.trial.reference import Reference
@@ -234,6 +237,48 @@ class TestFindPlan:
             "budget 22.00 GiB: others hold 4.00 GiB of NVIDIA H200 (Xorg (812) 4.00 GiB): end them,"
             " or plan for at most 20.00 GiB"
         )
+
+    def test_a_card_that_others_fill_meanwhile_ends_it_and_what_was_measured_is_kept(
+        self, pipes: Pipes, home: Path
+    ) -> None:
+        class Filling(Recording):
+            def measure(self, request: Request) -> Outcome:
+                if len(self.short) == 2:
+                    raise NothingFits("cuda:0 has 1.00 GiB free", None)
+                return super().measure(request)
+
+        stopped, resumed = Filling(pipes["tiny-sd"]), Recording(pipes["tiny-sd"])
+        with pytest.raises(NothingFits, match=r"1\.00 GiB free"):
+            find_plan(stopped, GOAL, SHORT)
+        planned = find_plan(resumed, GOAL, Effort(trials=1))
+        assert [a.plan for a in planned.attempts[:2]] == stopped.short
+        assert len(resumed.short) == 1
+
+    def test_the_plan_of_a_smaller_workload_is_among_the_first(
+        self, pipes: Pipes, home: Path
+    ) -> None:
+        plan = Plan((KINDS["half_precision"]("bfloat16"), KINDS["two_passes"](), samples.RESIDENT))
+        begin = samples.profile(plan=plan, workload=Workload(64, 64, 4, passes=2))
+        goal, told = dataclasses.replace(GOAL, size=(128, 64)), list[str]()
+        for profile, says in ((begin, True), (samples.profile(), False)):  # its tiles do nothing
+            measurer = Recording(pipes["tiny-sd"])
+            listener = Listener(stage=told.append)
+            effort = Effort(trials=2, fresh=True)
+            find_plan(measurer, goal, effort, listener=listener, begin=profile)
+            assert (measurer.short[1] == plan) is says
+        assert [text for text in told if "begins" in text] == [
+            "begins with the plan of a profile for 64x64, 4 steps, with guidance"
+        ]
+
+    def test_its_weights_are_left_open_for_the_budget(self) -> None:
+        plans = legal_plans(worlds.SDXL, worlds.CARD, worlds.LARGE)
+        task = Task(plans, worlds.SDXL, worlds.CARD, worlds.LARGE, 8 * GIB)
+        filled = cost.placed(samples.FAST, dataclasses.replace(worlds.STREAMED, weights_bytes=GIB))
+        begin = samples.profile(plan=Plan(filled.techniques[1:]))
+        tiled = dataclasses.replace(samples.TILED, overlap=0.125)
+        assert planner._opened(begin, task) == []  # no such tiles
+        begin = samples.profile(plan=Plan((tiled, filled.placement)))
+        assert planner._opened(begin, task) == [Plan((tiled, worlds.STREAMED))]
 
     def test_nothing_fits_names_a_budget_that_does(self, pipes: Pipes, home: Path) -> None:
         measurer = InProcess(pipes["tiny-sd"], "cpu")

@@ -88,6 +88,21 @@ class TestPlanAndApply:
             autofit.apply(pipe, budget="2GB", steps=4, device="cpu")
         assert not hasattr(pipe, "_autofit")
 
+    def test_for_more_than_was_measured_planning_begins_with_what_is_stored(
+        self, pipe: Any, first: Profile, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        began: list[Profile | None] = []
+
+        def stopped(*_: Any, begin: Profile | None, **__: Any) -> Any:
+            began.append(begin)
+            raise NotImplementedError
+
+        monkeypatch.setattr(session, "find_plan", stopped)
+        for budget in ("1GB", "500MB"):
+            with pytest.raises(NotImplementedError):
+                autofit.apply(pipe, budget=budget, size=(128, 64), steps=4, device="cpu")
+        assert began == [first, None]
+
     def test_plan_stores_too_and_leaves_the_pipe_as_found(
         self, pipe: Any, before: dict[str, object], home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -236,7 +251,8 @@ class TestTravelled:
 
         class Counted(InProcess):
             def measure(self, request: Request) -> Outcome:
-                found.append(request.plan)
+                if request.full:  # not what it is compared with
+                    found.append(request.plan)
                 return super().measure(request)
 
         monkeypatch.setattr(session, "InProcess", Counted)

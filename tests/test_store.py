@@ -66,6 +66,7 @@ MEASUREMENTS = st.builds(
     verified=st.booleans(),
     psnr_db=st.none() | st.just(math.inf) | st.floats(-200, 200),
     reference=st.none() | st.text(),
+    latents_psnr_db=st.none() | st.just(math.inf) | st.floats(-200, 200),
 )
 FAILURES = st.builds(
     Failure,

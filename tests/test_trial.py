@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -24,13 +25,25 @@ from snapshots import differences, snapshot
 
 from autofit import probe
 from autofit.probe import memory
-from autofit.spec import AutofitError, BadInput, Failure, Measurement, Phase, Plan, Why, Workload
+from autofit.spec import (
+    AutofitError,
+    BadInput,
+    Failure,
+    Measurement,
+    NothingFits,
+    Phase,
+    Plan,
+    Why,
+    Workload,
+)
 from autofit.techniques import KINDS, applied
 from autofit.techniques.streamed import Streamed
 from autofit.trial import InProcess, Job, Request, Worker, generate
-from autofit.trial.cap import Outside
+from autofit.trial.cap import Outside, check_trial_room
 from autofit.trial.meter import HostTracker, Meter, asked_bytes, tracked
 from autofit.trial.reference import Reference
+from autofit.trial.run import measure
+from autofit.trial.worker import serve
 
 RESIDENT = Plan((KINDS["resident"](),))
 HALF = Plan((KINDS["half_precision"]("bfloat16"), KINDS["resident"]()))
@@ -83,6 +96,19 @@ def test_the_meter_sees_every_phase_and_leaves_no_trace(pipes: Pipes) -> None:
     assert differences(before, snapshot(pipe)) == []
 
 
+def test_the_meter_keeps_the_latents_that_are_decoded_until_they_are_taken(pipes: Pipes) -> None:
+    pipe = pipes["tiny-sd"]
+    meter = Meter(pipe, CPU)
+    with meter.running(), torch.no_grad():
+        pipe("a cat", num_inference_steps=1, width=64, height=64, output_type="latent")
+        for value in (2.0, 3.0):  # as of a video, some frames at a time
+            pipe.vae.decode(z=torch.full((1, 4, 2, 2), value, dtype=torch.bfloat16).float())
+    latents = meter.taken_latents()
+    assert latents is not None
+    assert latents.tolist() == [2.0] * 16 + [3.0] * 16
+    assert meter.taken_latents() is None
+
+
 def test_a_decode_counts_without_what_the_denoiser_borrowed_of_its_memory(pipes: Pipes) -> None:
     pipe = pipes["tiny-sd"]
     found: dict[int | None, dict[str, int]] = {}
@@ -101,14 +127,14 @@ def test_a_decode_counts_without_what_the_denoiser_borrowed_of_its_memory(pipes:
 
 def test_of_several_decodes_the_largest_counts(pipes: Pipes) -> None:
     """As of a video that is decoded some frames at a time, the last few together."""
-    pipe, found = pipes["tiny-sd"], []
+    pipe, found, latents = pipes["tiny-sd"], [], torch.zeros(4, 4, 8, 8)
     for sizes in ((4,), (4, 1), (1, 4, 1)):
         with tracked(pipe, CPU, None) as tracker, torch.no_grad():
             meter = Meter(pipe, CPU, tracker)
             with meter.running():
                 pipe("a cat", num_inference_steps=1, width=64, height=64)
                 for size in sizes:
-                    pipe.vae.decode(torch.zeros(size, 4, 8, 8))
+                    pipe.vae.decode(latents[:size])
         found.append(meter.phase_bytes["decode"])
     assert len(set(found)) == 1
 
@@ -163,9 +189,11 @@ class TestInProcess:
         half = measurer.measure(Request(HALF, SMALL, None, **asked))
         assert isinstance(same, Measurement)
         assert isinstance(half, Measurement)
-        assert (same.psnr_db, same.reference) == (math.inf, "resident")
+        assert (same.psnr_db, same.latents_psnr_db) == (math.inf, math.inf)
+        assert same.reference == "resident"
         assert half.psnr_db is not None
-        assert 15 < half.psnr_db < 99
+        assert half.latents_psnr_db is not None
+        assert 25 < half.psnr_db < half.latents_psnr_db < 99
 
     def test_an_image_to_compare_takes_no_generation_more(
         self, measurer: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +319,23 @@ class TestInProcess:
         assert outcome.detail.startswith("its image is ")
         assert outcome.detail.endswith(" of resident; exact plans come within 45 dB")
 
+    @pytest.mark.parametrize("full", [False, True])
+    def test_latents_far_from_the_reference_are_a_failure_though_the_image_hides_it(
+        self, full: bool, measurer: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image, vae = tmp_path / "reference.npz", measurer.pipe.vae
+        picture = vae.decode(torch.ones(1, 4, 8, 8), return_dict=False)
+        monkeypatch.setitem(vars(vae), "decode", lambda *_, **__: picture)
+        measurer.measure(Request(RESIDENT, SMALL, None, output=image))
+        found = measurer.pipe.unet.forward
+        doubled = lambda *a, **k: tuple(2 * x for x in found(*a, **k))  # noqa: E731
+        monkeypatch.setitem(vars(measurer.pipe.unet), "forward", doubled)
+        outcome = measurer.measure(Request(RESIDENT, SMALL, None, full=full, reference=image))
+        assert isinstance(outcome, Failure)
+        assert outcome.why is Why.BAD_OUTPUT
+        assert outcome.detail.startswith("its latents are ")
+        assert outcome.detail.endswith("from those of resident; exact plans come within 45 dB")
+
     def test_a_verified_plan_is_compared_too(self, measurer: InProcess, tmp_path: Path) -> None:
         image = tmp_path / "reference.npz"
         measurer.measure(Request(RESIDENT, replace(SMALL, steps=3), None, output=image))
@@ -308,21 +353,59 @@ class TestReference:
     def test_the_less_faithful_of_two_plans_sets_the_bar(self) -> None:
         tiled = Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
         exact, lossy = (Reference.of(self.IMAGE, 4, plan) for plan in (RESIDENT, tiled))
-        assert exact.refusal(44.9, RESIDENT) is not None
-        assert exact.refusal(45.0, RESIDENT) is None
-        assert exact.refusal(25.0, HALF) is None
-        assert exact.refusal(24.9, HALF) is not None
-        assert exact.refusal(15.0, tiled) is None
-        assert lossy.refusal(15.0, RESIDENT) is None
-        assert lossy.refusal(14.9, HALF) is not None
-        assert exact.refusal(None, RESIDENT) is None  # images of other sizes
+        assert exact.refusal(44.9, None, RESIDENT) is not None
+        assert exact.refusal(45.0, None, RESIDENT) is None
+        assert exact.refusal(25.0, None, HALF) is None
+        assert exact.refusal(24.9, None, HALF) is not None
+        assert exact.refusal(15.0, None, tiled) is None
+        assert lossy.refusal(15.0, None, RESIDENT) is None
+        assert lossy.refusal(14.9, None, HALF) is not None
+
+    def test_latents_have_a_bar_of_their_own_which_a_lossy_decode_does_not_lower(self) -> None:
+        tiled = Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
+        exact = Reference.of(self.IMAGE, 4, RESIDENT)
+        for plan, bar_db in ((RESIDENT, 45.0), (HALF, 25.0), (tiled, 25.0)):
+            assert exact.refusal(99.0, bar_db, plan) is None
+            said = exact.refusal(99.0, bar_db - 0.1, plan)
+            assert said is not None
+            assert said.startswith(f"its latents are {bar_db - 0.1} dB (PSNR) from those of ")
+
+    def test_an_image_of_another_size_is_refused(self) -> None:
+        lossy = Reference.of(
+            self.IMAGE, 4, Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
+        )
+        psnr_db = lossy.psnr_db(self.IMAGE[:, :4])
+        assert psnr_db == -math.inf
+        assert lossy.refusal(psnr_db, None, RESIDENT) is not None
+
+    @pytest.mark.parametrize(
+        ("latents", "psnr_db"),
+        [
+            ([1.0, 2.0, 5.0], math.inf),
+            ([1.0, 2.0, 5.0 - 0.4 * math.sqrt(3)], 20.0),  # a tenth of the range
+            ([1.0, 2.0], -math.inf),
+            ([1.0, 2.0, math.nan], -math.inf),
+            ([1.0, 2.0, math.inf], -math.inf),
+        ],
+    )
+    def test_latents_are_as_far_as_they_differ_for_their_range(
+        self, latents: list[float], psnr_db: float
+    ) -> None:
+        known = Reference.of(self.IMAGE, 4, HALF, np.array([1.0, 2.0, 5.0], np.float32))
+        found = np.array(latents, np.float32)
+        assert known.latents_psnr_db(found) == pytest.approx(psnr_db, abs=1e-4)
+        assert known.latents_psnr_db(None) is None
+        assert Reference.of(self.IMAGE, 4, HALF).latents_psnr_db(found) is None
 
     def test_comes_back_from_its_file(self, tmp_path: Path) -> None:
         path = tmp_path / "reference.npz"
-        Reference.of(self.IMAGE, 4, HALF).save(path)
+        latents = np.array([0.1, 2.0], np.float32)
+        Reference.of(self.IMAGE, 4, HALF, latents).save(path)
         found = Reference.load(path)
         assert found is not None
         assert np.array_equal(found.image, self.IMAGE)
+        assert found.latents is not None
+        assert np.array_equal(found.latents, latents)
         assert (found.steps, found.plan) == (4, HALF.label)
         assert found.fidelity is HALF.fidelity
 
@@ -367,7 +450,8 @@ class TestReference:
         np.savez_compressed(path, image=self.IMAGE, steps=4, plan="resident")
         found = Reference.load(path)
         assert found is not None
-        assert found.refusal(15.0, RESIDENT) is None
+        assert found.refusal(15.0, None, RESIDENT) is None
+        assert found.latents is None
 
 
 class TestOutside:
@@ -401,6 +485,64 @@ class TestOutside:
 
     def test_is_nothing_on_the_cpu(self) -> None:
         assert Outside.of(CPU, samples.device(), None).held_bytes() == 0
+
+
+class TestRoom:
+    """Free memory is looked at before a trial: what others hold is no fault of the plan."""
+
+    OUTSIDE = Outside(torch.device("cuda:0"), others_bytes=0, least_bytes=500_000_000)
+
+    @pytest.fixture(autouse=True)
+    def _card(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 24 GB others hold 5, and this process 1 in torch's allocator and 0.5 beside it."""
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10**9)
+        monkeypatch.setattr(memory, "own_bytes", lambda _: None)
+        monkeypatch.setattr(memory, "total_bytes", lambda _: 24 * 10**9)
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 17_500_000_000)
+        monkeypatch.setattr(memory, "holders", lambda _: [("blender (4711)", 5 * 10**9)])
+
+    @pytest.mark.parametrize(
+        "asked",
+        [{"cap_bytes": 20 * 10**9}, {"cap_bytes": 10**9, "needed_bytes": 20 * 10**9}],
+    )
+    def test_a_card_too_full_is_said_and_nothing_is_run(self, asked: dict[str, int]) -> None:
+        request = Request(**({"plan": RESIDENT, "workload": SMALL, "cap_bytes": None} | asked))
+        with pytest.raises(NothingFits) as raised:
+            measure(object(), request, self.OUTSIDE)
+        assert str(raised.value) == (
+            "cuda:0 has 16.30 GiB free and a trial needs 16.95 GiB more; others hold it (blender"
+            " (4711) 4.66 GiB): end them, or plan for a smaller budget"
+        )
+
+    @pytest.mark.parametrize("needed_bytes", [0, 18 * 10**9, 19_300_000_000])
+    def test_what_is_free_and_what_is_ours_will_do(self, needed_bytes: int) -> None:
+        check_trial_room(self.OUTSIDE, needed_bytes)
+
+    def test_no_more_is_needed_than_the_card_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "free_bytes", lambda _: 22_500_000_000)  # no others
+        check_trial_room(self.OUTSIDE, 32 * 10**9)
+
+    def test_what_nvml_says_that_we_hold_is_ours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "own_bytes", lambda _: 2_500_000_000)
+        check_trial_room(self.OUTSIDE, 20 * 10**9)
+
+
+def test_a_worker_answers_that_the_card_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise NothingFits("cuda:0 has 1 GiB free", None)
+
+    monkeypatch.setattr("autofit.trial.worker.measure", full)
+    ours, theirs = multiprocessing.Pipe()
+    serving = threading.Thread(target=serve, args=(theirs,))
+    serving.start()
+    ours.send(Job("tiny-sd", None, "cpu"))
+    assert ours.recv().device.kind == "cpu"
+    worker = Worker.__new__(Worker)
+    worker._process, worker._connection = object(), ours  # type: ignore[assignment]
+    with pytest.raises(NothingFits, match="cuda:0 has 1 GiB free"):
+        worker.measure(Request(RESIDENT, SMALL, None))
+    ours.close()
+    serving.join()
 
 
 class TestWorker:

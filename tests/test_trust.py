@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from autofit.spec import (
     Evidence,
     Failure,
     Fidelity,
+    NothingFits,
     Outcome,
     Part,
     Phase,
@@ -60,17 +62,19 @@ PROFILE = samples.profile(
     components=tuple(map(Part.of, worlds.SDXL.components)),
     ladder=RUNGS,
 )
-AGAIN = samples.measurement(image_s=1.25, peak_bytes=6 * GIB, psnr_db=None, reference=None)
+AGAIN = samples.measurement(image_s=1.25, peak_bytes=6 * GIB)
 NO_MEMORY = Failure(Why.OUT_OF_MEMORY, "CUDA out of memory in /home/ada/models", Phase.DECODE)
 SMALLER = replace(worlds.LARGE, height=512)
 
 
 @dataclass
 class Machine:
-    """A measurer whose every plan holds but for those in ``fails``."""
+    """A measurer whose every plan holds but for those in ``fails``; those in ``empty`` leave no
+    image to compare with."""
 
     fails: dict[Plan, Outcome] = field(default_factory=dict)
     device: Device = HERE
+    empty: tuple[Plan, ...] = ()
     requests: list[Request] = field(default_factory=list)
     opened: int = 0
 
@@ -88,10 +92,12 @@ class Machine:
 
     @property
     def tried(self) -> list[Plan]:
-        return [request.plan for request in self.requests]
+        return [request.plan for request in self.requests if request.full]
 
     def measure(self, request: Request) -> Outcome:
         self.requests.append(request)
+        if request.output is not None and request.plan not in self.empty:
+            request.output.touch()
         return self.fails.get(request.plan, AGAIN)
 
     def renew(self) -> None:
@@ -134,7 +140,8 @@ class TestGiven:
         assert trusted.match.level is Level.CARD
         assert trusted.match.reason == (
             "measured on NVIDIA H200 (139.80 GiB), not on NVIDIA H100 (80.00 GiB);"
-            " verified here: 1.25 s a generation, peak 6.00 GiB"
+            " verified here: 1.25 s a generation, peak 6.00 GiB, its image 41.2 dB (PSNR) from that"
+            " of resident"
         )
         assert machine.tried == [FAST]
         assert kept(home) == [trusted.profile]
@@ -161,8 +168,8 @@ class TestGiven:
         assert (trusted.profile.ladder, trusted.profile.on) == ((), PROFILE.on)
         assert trusted.profile.evidence == (Evidence(AGAIN, ON),)
         assert trusted.match.reason.endswith(
-            "verified here: 1.25 s a generation, peak 6.00 GiB; a leaner plan of the profile,"
-            " whose own did not hold (verified here, it failed: out of memory in decode)"
+            "from that of resident; a leaner plan of the profile, whose own did not hold"
+            " (verified here, it failed: out of memory in decode)"
         )
         assert machine.tried == [FAST, LEAN, LEANEST]
 
@@ -358,6 +365,36 @@ class TestStored:
         assert stored(Machine().ask()) == (LEAN, Level.CARD)
 
 
+class TestSmaller:
+    """Where more is asked for than was measured, a plan of less is what planning begins with."""
+
+    LARGER = replace(worlds.LARGE, batch=2)
+
+    @pytest.fixture(autouse=True)
+    def _nothing_shipped(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("autofit.places.SHIPPED", tmp_path / "nothing")
+
+    def smaller(
+        self, budget_bytes: int = BUDGET, at_worst: Fidelity = Fidelity.LOSSY
+    ) -> Profile | None:
+        return trust.smaller(Machine().ask(self.LARGER, budget_bytes), at_worst)
+
+    def test_is_the_largest_workload_and_then_the_largest_budget(self) -> None:
+        assert self.smaller() is None
+        store.keep(replace(PROFILE, workload=SMALLER))
+        store.keep(replace(PROFILE, budget_bytes=BUDGET - 1))
+        assert self.smaller() == replace(PROFILE, budget_bytes=BUDGET - 1)
+        store.keep(PROFILE)
+        assert self.smaller() == PROFILE
+
+    def test_is_not_what_is_for_as_much_or_for_a_larger_budget_or_less_faithful(self) -> None:
+        store.keep(replace(PROFILE, workload=self.LARGER))
+        store.keep(PROFILE)
+        assert self.smaller(BUDGET - 1) is None
+        assert self.smaller(at_worst=Fidelity.NUMERIC) is None
+        assert self.smaller() == PROFILE
+
+
 # ---------------------------------------------------------------- one trial
 
 
@@ -367,9 +404,64 @@ class TestTried:
     )
     def test_it_is_whole_generations_under_the_cap(self, budget_bytes: int, cap_bytes: int) -> None:
         machine = Machine()
-        assert trust.tried(machine, FAST, worlds.LARGE, budget_bytes) == AGAIN
-        outside = cost.outside_bytes(HERE)
-        assert machine.requests == [Request(FAST, worlds.LARGE, cap_bytes, outside, full=True)]
+        assert trust.tried(machine, PROFILE, worlds.LARGE, budget_bytes) == AGAIN
+        *_, whole = machine.requests
+        outside_bytes = cost.outside_bytes(HERE)
+        short = Request(FAST, worlds.LARGE, cap_bytes, outside_bytes)
+        needed_bytes = MEASURED.peak_bytes - MEASURED.non_torch_bytes + outside_bytes
+        assert whole == replace(
+            short, full=True, reference=whole.reference, needed_bytes=needed_bytes
+        )
+
+    def test_it_is_compared_with_the_most_faithful_plan_that_should_fit(self) -> None:
+        machine = Machine()
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
+        first, whole = machine.requests
+        assert first.plan.fidelity is Fidelity.EXACT
+        assert (first.full, first.cap_bytes) == (False, BUDGET)
+        assert first.output == whole.reference
+        assert not first.plan.placement.is_open
+
+    def test_it_is_never_compared_with_itself(self) -> None:
+        machine = Machine()
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
+        exact = machine.requests[0].plan
+        trust.tried(machine, replace(PROFILE, plan=exact), worlds.LARGE, BUDGET)
+        other = machine.requests[2].plan
+        assert other.fidelity is Fidelity.EXACT
+        assert other.placement.name != exact.placement.name
+
+    def test_where_the_first_leaves_no_image_the_next_is_run(self) -> None:
+        first, second, whole = self.ran(Machine(empty=(self.ran(Machine())[0].plan,)))
+        assert first.plan != second.plan
+        assert second.output == whole.reference
+
+    def ran(self, machine: Machine) -> list[Request]:
+        trust.tried(machine, PROFILE, worlds.LARGE, BUDGET)
+        return machine.requests
+
+    def test_what_others_hold_of_the_card_is_not_there_for_the_plan_to_compare_with(self) -> None:
+        class Crowded(Machine):
+            @property
+            def subject(self) -> Subject:
+                return Subject(worlds.SDXL, self.device, others_bytes=77 * GIB)
+
+        first, _ = self.ran(Crowded())
+        assert first.plan.placement.resident_bytes(worlds.SDXL, Phase.STEP) < 3 * GIB
+
+    def test_a_card_that_others_fill_is_no_evidence_against_the_plan(self, home: Path) -> None:
+        class Full(Machine):
+            def measure(self, request: Request) -> Outcome:
+                raise NothingFits("cuda:0 has 1.00 GiB free", None)
+
+        with pytest.raises(NothingFits, match=r"1\.00 GiB free"):
+            trust.given(PROFILE, Full().ask())
+        assert kept(home) == []
+
+    def test_where_no_other_plan_should_fit_it_is_run_all_the_same(self) -> None:
+        machine = Machine()
+        assert trust.tried(machine, PROFILE, worlds.LARGE, 10**9) == AGAIN
+        assert machine.tried == [FAST] == [r.plan for r in machine.requests]
 
     @pytest.mark.parametrize(
         ("first", "runs"), [(Why.OVER_BUDGET, 2), (Why.OUT_OF_MEMORY, 1), (Why.CRASH, 1)]
@@ -381,12 +473,12 @@ class TestTried:
 
         class Loading(Machine):
             def measure(self, request: Request) -> Outcome:
-                self.requests.append(request)
-                return outcomes[len(self.requests) - 1]
+                super().measure(request)
+                return outcomes[len(self.tried) - 1] if request.full else AGAIN
 
         machine = Loading()
-        assert trust.tried(machine, FAST, worlds.LARGE, BUDGET) == outcomes[runs - 1]
-        assert machine.requests == machine.requests[:1] * runs
+        assert trust.tried(machine, PROFILE, worlds.LARGE, BUDGET) == outcomes[runs - 1]
+        assert machine.requests[1:] == machine.requests[1:2] * runs
 
 
 # ---------------------------------------------------------------- evidence
@@ -430,7 +522,12 @@ class TestEvidence:
         assert store.load(tmp_path / "profile.yaml") == profile
 
     @pytest.mark.parametrize(("outcome", "text"), [
-        (AGAIN, "verified here: 1.25 s a generation, peak 6.00 GiB"),
+        (AGAIN, "verified here: 1.25 s a generation, peak 6.00 GiB,"
+                " its image 41.2 dB (PSNR) from that of resident"),
+        (replace(AGAIN, psnr_db=math.inf), "verified here: 1.25 s a generation, peak 6.00 GiB,"
+                                           " its image the same as that of resident"),
+        (replace(AGAIN, psnr_db=None), "verified here: 1.25 s a generation, peak 6.00 GiB,"
+                                       " its image compared with none, for no other plan ran"),
         (NO_MEMORY, "verified here, it failed: out of memory in decode"),
         (Failure(Why.HANG, "no answer"), "verified here, it failed: hang"),
     ])  # fmt: skip

@@ -15,9 +15,10 @@ import samples
 from conftest import Pipes
 from test_cli import Ended, autofit
 
-from autofit import probe, session, store
+from autofit import probe, session, store, verifying
 from autofit.forecast import TIME_BAND
 from autofit.match import environment
+from autofit.plain import plain
 from autofit.spec import (
     Device,
     Evidence,
@@ -36,6 +37,7 @@ from autofit.techniques import KINDS
 from autofit.trial import InProcess, Request
 
 GB = 10**9
+SHIPPED = sorted((Path(__file__).parent.parent / "profiles").glob("*.yaml"))
 WORKLOAD = Workload(64, 64, 2, passes=2)
 PLAN = Plan((KINDS["half_precision"]("bfloat16"), samples.RESIDENT))
 OFFLOAD = Plan((KINDS["sequential_offload"](),))
@@ -136,7 +138,8 @@ class TestMeasured:
         first, second = ended.out.splitlines()
         assert re.fullmatch(
             r"same card, other versions or driver: measured with torch 2\.6\.0, here \S+;"
-            r" verified here: .+ a generation, peak .+ MiB",
+            r" verified here: .+ a generation, peak .+ MiB,"
+            r" its image [\d.]+ dB \(PSNR\) from that of resident",
             first,
         )
         assert second == f"profile   {path}"
@@ -156,7 +159,7 @@ class TestMeasured:
         (evidence,) = store.load(path).evidence
         assert isinstance(evidence.outcome, Measurement)
         assert found["measured"]["image_s"] == evidence.outcome.image_s
-        (request,) = asked
+        _, request = asked
         assert (request.plan, request.workload, request.full) == (PLAN, WORKLOAD, True)
         assert request.cap_bytes == GB
 
@@ -203,7 +206,7 @@ class TestMeasured:
         store.save(replace(profile, evidence=(failed,)), path)
         asked = in_process(samples.measurement())
         assert verify(path, "--device", "cpu").code == 0
-        assert len(asked) == 1
+        assert [request.plan for request in asked if request.full] == [PLAN]
         (evidence,) = store.with_kept(store.load(path)).evidence
         assert evidence == Evidence(samples.measurement(), environment(cpu, GB))
 
@@ -308,6 +311,67 @@ class TestPredicted:
         parts = tuple(larger if p is unet else p for p in profile.components)
         store.save(replace(profile, components=parts), path)
         assert re.search(r"\(unet has .+ in the profile, .+ here\)", refusal(path, *GPU))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15--H200--8GiB--3840x2224-20steps",
+        pytest.param("sdxl--H100--8GiB--1024x1024-30steps", marks=pytest.mark.slow),
+        pytest.param("flux-dev--H200--8GiB--1024x1024-28steps", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_shipped_for_8_gib_keeps_its_plan_on_a_card_of_8_gib(name: str) -> None:
+    """Measured on a card ten times as large, whose allocator was capped."""
+    path = next(p for p in SHIPPED if p.stem == name)
+    profile = store.load(path)
+    ended = autofit("verify", str(path), name.partition("--")[0], *GPU, "--json")
+    assert ended.code == 0
+    found = json.loads(ended.out)
+    assert found["match"]["level"] == "other card with enough memory"
+    assert found["plan"] == plain(profile.plan)
+    image_s, (least_s, most_s) = found["predicted"]["image_s"], found["image_s_band"]
+    assert profile.measured.image_s < least_s < image_s < most_s
+    assert found["predicted"]["peak_bytes"] < found["on"]["total_bytes"] < 8 * samples.GIB
+
+
+# ---------------------------------------------------------------- the model that it is for
+
+
+class TestModel:
+    def test_is_found_by_the_profile_where_it_is_built_in(
+        self, path: Path, in_process: Callable[..., list[Request]]
+    ) -> None:
+        asked = in_process(samples.measurement())
+        ended = autofit("verify", str(path), "--device", "cpu")
+        assert (ended.code, ended.err) == (0, "")
+        assert asked[-1].plan == PLAN
+        assert autofit("verify", str(path), *GPU).code == 0
+
+    @pytest.mark.parametrize("profile_path", SHIPPED, ids=lambda p: p.stem)
+    def test_of_what_is_shipped(self, profile_path: Path) -> None:
+        found = verifying._built_in(store.load(profile_path), profile_path, None)
+        assert found == profile_path.name.partition("--")[0]
+
+    @pytest.mark.parametrize("options", [("--device", "cpu"), GPU])
+    @pytest.mark.parametrize(
+        ("changes", "dtype"), [({"fingerprint": "f" * 64}, ()), ({}, ("--dtype", "bfloat16"))]
+    )
+    def test_is_to_be_named_where_it_is_not(
+        self,
+        options: tuple[str, ...],
+        changes: dict[str, Any],
+        dtype: tuple[str, ...],
+        profile: Profile,
+        path: Path,
+    ) -> None:
+        store.save(replace(profile, **changes), path)
+        ended = autofit("verify", str(path), *options, *dtype)
+        assert ended.code == 2
+        assert ended.complaint == (
+            f"profile {path}: no built-in StableDiffusionPipeline has its configuration and dtypes:"
+            " name the model that it is for, as autofit verify profile.yaml org/name"
+        )
 
 
 # ---------------------------------------------------------------- bad input

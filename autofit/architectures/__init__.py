@@ -61,20 +61,36 @@ def build(name: str, *, dtype: str | None = None, seed: int = 0) -> Any:
     Raises:
         BadInput: no such architecture, or a dtype that weights cannot have.
     """
+    from autofit.architectures.weights import materialize
+
+    pipe, to = _empty(name, dtype)
+    materialize(pipe, to, seed)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def outline(name: str, *, dtype: str | None = None) -> Any:
+    """Build a built-in pipeline for its facts, in a second: its weights have no memory. Raises as
+    ``build`` does."""
+    from autofit.architectures.weights import cast
+
+    pipe, to = _empty(name, dtype)
+    cast(pipe, to)
+    return pipe
+
+
+def _empty(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """A built-in pipeline without weights, and the dtype that they are to have."""
     architecture = next((a for a in ARCHITECTURES if a.name == name), None)
     if architecture is None:
         raise _unknown(name)
     from accelerate import init_empty_weights
 
     from autofit.architectures.checkpoint import torch_dtype
-    from autofit.architectures.weights import materialize
 
     to = torch_dtype(dtype or architecture.dtype)
     with init_empty_weights():
-        pipe = made(name)
-    materialize(pipe, to, seed)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        return made(name), to
 
 
 def made(name: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ BLOCK = 4_194_301
 # Below one, for float16: schedules blow up the latents of a model that has learnt nothing (PixArt's
 # by a few hundred), and the VAE reached a third of the largest float16 with a gain of one.
 GAIN = 0.7
+
+_Make = Callable[[str, torch.Size, torch.dtype], torch.Tensor]  # by a parameter's name
 
 
 class _Noise:
@@ -40,13 +44,21 @@ def materialize(pipe: Any, dtype: torch.dtype, seed: int) -> None:
     Matrices, convolutions and embeddings are normal, with a standard deviation of GAIN/√fan-in;
     biases are zero, norms one: activations stay small at any depth. Buffers keep their values.
     """
-    noise = _Noise(seed, dtype)
+    _remake(pipe, dtype, partial(_random, _Noise(seed, dtype)))
+
+
+def cast(pipe: Any, dtype: torch.dtype) -> None:
+    """Give every meta parameter of the pipe the dtype that ``materialize`` does, and no memory."""
+    _remake(pipe, dtype, lambda _, shape, to: torch.empty(shape, dtype=to, device="meta"))
+
+
+def _remake(pipe: Any, dtype: torch.dtype, make: _Make) -> None:
     for module in modules(pipe).values():
-        _materialize(module, dtype, noise)
+        _remake_module(module, dtype, make)
         module.eval()
 
 
-def _materialize(module: nn.Module, dtype: torch.dtype, noise: _Noise) -> None:
+def _remake_module(module: nn.Module, dtype: torch.dtype, make: _Make) -> None:
     if isinstance(module, PreTrainedModel):
         module.tie_weights()  # making parameters empty has parted those that were one
     wide = _kept_in_float32(module) if dtype is torch.float16 else set()
@@ -58,7 +70,7 @@ def _materialize(module: nn.Module, dtype: torch.dtype, noise: _Noise) -> None:
             continue
         if old not in made:
             to = torch.float32 if owner in wide else dtype
-            made[old] = nn.Parameter(_random(name, old.shape, to, noise), old.requires_grad)
+            made[old] = nn.Parameter(make(name, old.shape, to), old.requires_grad)
         owner._parameters[name] = made[old]
 
 
@@ -68,7 +80,7 @@ def _kept_in_float32(module: nn.Module) -> set[nn.Module]:
     return {m for path, m in module.named_modules() if not kept.isdisjoint(path.split("."))}
 
 
-def _random(name: str, shape: torch.Size, dtype: torch.dtype, noise: _Noise) -> torch.Tensor:
+def _random(noise: _Noise, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     if len(shape) < 2:
         make = torch.zeros if name == "bias" else torch.ones
         return make(shape, dtype=dtype, device="cpu")

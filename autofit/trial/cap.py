@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from autofit.probe import memory
-from autofit.spec import Device
+from autofit.spec import Device, NothingFits
+from autofit.units import format_bytes
 
+# What a process's libraries hold beside its context: 168 MB at most in tests/golden. Where NVML
+# does not see the process, they cannot be told from what others hold.
+LIBRARIES_BYTES = 300_000_000
 # By card: the fraction found before the first cap, and those of the caps that hold now.
 _LIVE: dict[int, dict[object, float]] = {}
 _FOUND = object()
@@ -49,6 +53,33 @@ class Outside:
         if own_bytes is None or own_bytes < reserved_bytes:
             own_bytes = _used_bytes(self.device) - self.others_bytes
         return max(self.least_bytes, own_bytes - reserved_bytes)
+
+
+def check_room(device: torch.device, needed_bytes: int, own_bytes: int, what: str) -> None:
+    """Look whether the card has what is needed, ``own_bytes`` of which this process holds already.
+
+    Raises:
+        NothingFits: it has not; who holds it.
+    """
+    free_bytes, short_bytes = memory.free_bytes(device), needed_bytes - own_bytes
+    if short_bytes <= free_bytes:
+        return
+    needed, free = format_bytes(short_bytes), format_bytes(free_bytes)
+    raise NothingFits(
+        f"{device} has {free} free and {what} needs {needed} more; others hold it"
+        f" ({memory.holders_text(device)}): end them, or plan for a smaller budget",
+        None,
+    )
+
+
+def check_trial_room(outside: Outside, needed_bytes: int) -> None:
+    """Look whether the card has what a trial needs. Raises as ``check_room`` does."""
+    device = outside.device
+    if device.type != "cuda":
+        return
+    least_bytes = torch.cuda.memory_reserved(device) + outside.least_bytes
+    own_bytes = max(memory.own_bytes(device) or 0, least_bytes) + LIBRARIES_BYTES
+    check_room(device, min(needed_bytes, memory.total_bytes(device)), own_bytes, "a trial")
 
 
 def _used_bytes(device: torch.device) -> int:

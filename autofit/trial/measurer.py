@@ -25,6 +25,7 @@ from autofit.spec import (
     Device,
     Failure,
     Measurement,
+    NothingFits,
     Outcome,
     Pipeline,
     Why,
@@ -59,7 +60,12 @@ def subject_of(pipe: Any, device: Device, outside: Outside) -> Subject:
 class Measurer(Protocol):
     subject: Subject
 
-    def measure(self, request: Request) -> Outcome: ...
+    def measure(self, request: Request) -> Outcome:
+        """Run one trial.
+
+        Raises:
+            NothingFits: other processes hold too much of the card for it.
+        """
 
     def renew(self) -> None:
         """Start afresh where that is possible: nothing loaded lazily, nothing fragmented."""
@@ -132,6 +138,8 @@ class Worker:
         except TimeoutError:
             self._stop()
             return Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")
+        if isinstance(outcome, str):
+            raise NothingFits(outcome, None)
         assert isinstance(outcome, Measurement | Failure)
         self._slowest_s = max(self._slowest_s, (time.monotonic() - start) / longer)
         return outcome

@@ -14,8 +14,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -97,6 +99,7 @@ class Meter:
         self.phase_bytes: dict[str, int] = {}
         self.reserved_bytes = 0  # the allocator's highest, all phases
         self.starved = 0  # allocations that were refused, and nobody raised it
+        self._latents: list[torch.Tensor] = []  # that were decoded
         self._watch = Stopwatch(device)
         self._steps = 0
         self._decoding = False
@@ -142,6 +145,8 @@ class Meter:
         @functools.wraps(decode)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._close_phase(Phase.DECODE)
+            tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            self._latents += islice(tensors, 1)
             with self._after_loan(vae):
                 return decode(*args, **kwargs)
 
@@ -182,6 +187,13 @@ class Meter:
             return allocated, torch.cuda.max_memory_reserved(self.device)
         live_bytes = self.tracker.peak_bytes if self.tracker else 0
         return live_bytes, live_bytes
+
+    def taken_latents(self) -> np.ndarray[Any, Any] | None:
+        """All latents that were decoded, in a row, float32; None where no VAE was asked. Copied
+        only now, not while the time runs, and let go of."""
+        rows = [latents.cpu().float().numpy().ravel() for latents in self._latents]
+        self._latents.clear()
+        return np.concatenate(rows) if rows else None
 
     def _refused(self) -> int:
         """How often the allocator had no memory, in this process."""

@@ -1,4 +1,4 @@
-"""The image that the others are compared with, kept in a file between trials."""
+"""The image and the latents that others are compared with, kept in a file between trials."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from autofit.spec import AutofitError, Fidelity, Plan
 # them) and lossy ones within 40. Trained weights may differ more than random ones: the bars are far
 # below what was seen.
 BARS_DB = {Fidelity.EXACT: 45.0, Fidelity.NUMERIC: 25.0, Fidelity.LOSSY: 15.0}
+# Of the latents. Wherever both were compared these came nearer than the image: bfloat16 for float32
+# within 42 dB where images came within 36 (the tiny models and SD 1.5, on the CPU), float16 within
+# 64. Exact plans need not be equal: cuDNN takes another kernel where it is refused a workspace, or
+# is told to try all. What is lossy decodes otherwise, and leaves the latents as they were.
+LATENTS_BARS_DB = BARS_DB | {Fidelity.LOSSY: BARS_DB[Fidelity.NUMERIC]}
+
+Array = np.ndarray[Any, Any]
 
 # What numpy raises of a file that is cut short, empty, written over or of something else.
 FAULTS = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
@@ -27,14 +34,15 @@ FAULTS = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile
 class Reference:
     """An image to compare with, uint8, (batch, height, width, 3), and what made it."""
 
-    image: np.ndarray[Any, Any]
+    image: Array
     steps: int
     plan: str  # its label
     fidelity: Fidelity  # of that plan
+    latents: Array | None = None  # that were decoded, float32, in a row; none without a VAE
 
     @classmethod
-    def of(cls, image: np.ndarray[Any, Any], steps: int, plan: Plan) -> Reference:
-        return cls(image, steps, plan.label, plan.fidelity)
+    def of(cls, image: Array, steps: int, plan: Plan, latents: Array | None = None) -> Reference:
+        return cls(image, steps, plan.label, plan.fidelity, latents)
 
     @classmethod
     def load(cls, path: Path | None) -> Reference | None:
@@ -55,7 +63,9 @@ class Reference:
         with path.open("rb") as file, np.load(file) as found:
             known = "fidelity" in found  # not in the files of an earlier autofit
             fidelity = Fidelity(str(found["fidelity"])) if known else Fidelity.LOSSY
-            return cls(found["image"], int(found["steps"]), str(found["plan"]), fidelity)
+            latents = found.get("latents", np.empty(0))  # nor these
+            image, steps, plan = found["image"], int(found["steps"]), str(found["plan"])
+            return cls(image, steps, plan, fidelity, latents if latents.size else None)
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave nothing."""
@@ -68,25 +78,45 @@ class Reference:
                     steps=self.steps,
                     plan=self.plan,
                     fidelity=self.fidelity.value,
+                    latents=[] if self.latents is None else self.latents,
                 )
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def psnr_db(self, image: np.ndarray[Any, Any]) -> float | None:
+    def psnr_db(self, image: Array) -> float:
         """Peak signal-to-noise ratio in dB; infinite where the images are equal."""
-        if image.shape != self.image.shape:
-            return None
-        error = np.mean((image.astype(np.float32) - self.image.astype(np.float32)) ** 2)
-        return math.inf if error == 0 else 10 * math.log10(255**2 / float(error))
+        return _psnr_db(image, self.image, 255.0)
 
-    def refusal(self, psnr_db: float | None, plan: Plan) -> str | None:
-        """Why an image so far from this one is not what the plan should make; None where it may
+    def latents_psnr_db(self, latents: Array | None) -> float | None:
+        """That of the latents, whose peak is the range of the reference's; None where either was
+        made without a VAE, or the file is of an earlier autofit."""
+        if latents is None or self.latents is None:
+            return None
+        return _psnr_db(latents, self.latents, float(np.ptp(self.latents)))
+
+    def refusal(self, psnr_db: float, latents_psnr_db: float | None, plan: Plan) -> str | None:
+        """Why an output so far from this one is not what the plan should make; None where it may
         be. The less faithful of the two plans decides how far that is."""
         worst = max(plan.fidelity, self.fidelity, key=lambda f: f.rank)
-        if psnr_db is None or psnr_db >= BARS_DB[worst]:
-            return None
-        return (
-            f"its image is {psnr_db:.1f} dB (PSNR) from that of {self.plan}; {worst.value} plans"
-            f" come within {BARS_DB[worst]:g} dB"
-        )
+        for what, of, found_db, bar_db in (
+            ("image is", "that", psnr_db, BARS_DB[worst]),
+            ("latents are", "those", latents_psnr_db, LATENTS_BARS_DB[worst]),
+        ):
+            if found_db is not None and found_db < bar_db:
+                return (
+                    f"its {what} {found_db:.1f} dB (PSNR) from {of} of {self.plan};"
+                    f" {worst.value} plans come within {bar_db:g} dB"
+                )
+        return None
+
+
+def _psnr_db(found: Array, reference: Array, peak: float) -> float:
+    """Minus infinite where they have other sizes, or what was found is not finite."""
+    if found.shape != reference.shape:
+        return -math.inf
+    error = float(np.mean((found.astype(np.float32) - reference) ** 2, dtype=np.float64))
+    if error == 0:
+        return math.inf
+    ratio = peak**2 / error
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf

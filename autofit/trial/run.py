@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from autofit import anatomy, pinning, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
-from autofit.trial.cap import Outside, capped
+from autofit.trial.cap import Outside, capped, check_trial_room
 from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
 from autofit.trial.reference import Reference
 
@@ -39,7 +39,8 @@ class Request:
     ``cap_bytes`` is for the whole process; None measures without a cap. ``set_aside_bytes`` of it
     are for what is not torch's, as earlier trials saw it: libraries load lazily, so a fresh process
     does not show it yet. ``give_up_s``: stop as soon as the whole image is sure to take longer.
-    ``full``: the whole number of steps, twice.
+    ``full``: the whole number of steps, twice. ``needed_bytes``: what the card must have for it,
+    where that is known to be less than the cap.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Request:
     full: bool = False
     output: Path | None = None  # where the image goes, to be another trial's reference
     reference: Path | None = None  # what to compare with: ``output`` of another trial
+    needed_bytes: int | None = None
 
 
 class _CannotWin(Exception):
@@ -59,7 +61,12 @@ class _CannotWin(Exception):
 
 
 def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
-    """Run one trial. The pipe is found with its weights on the CPU, and left so."""
+    """Run one trial. The pipe is found with its weights on the CPU, and left so.
+
+    Raises:
+        NothingFits: other processes hold so much of the card that it would fail of them.
+    """
+    check_trial_room(outside, request.needed_bytes or request.cap_bytes or 0)
     failure: Failure | None = None
     trial = _Trial(pipe, request, outside)
     if not request.plan.placement.page_locks:
@@ -147,6 +154,7 @@ class _Run:
     meter: Meter
     seconds: float
     images: Any
+    latents: Any  # that these were decoded from
 
 
 class _Trial:
@@ -224,7 +232,8 @@ class _Trial:
             self.meters.append(meter)
             with meter.running(self._judge(meter, give_up_s)):
                 images = generate(self.pipe, self.request.workload, steps)
-        return _Run(steps, meter, time.perf_counter() - start, images)
+        seconds = time.perf_counter() - start
+        return _Run(steps, meter, seconds, images, meter.taken_latents())
 
     def _judge(self, meter: Meter, give_up_s: float | None) -> Callable[[int], None] | None:
         if give_up_s is None:
@@ -256,11 +265,14 @@ class _Trial:
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (np.asarray(shown.images) * 255).round().astype(np.uint8)
         if request.output is not None:
-            self.reference = Reference.of(image, shown.steps, request.plan)
+            self.reference = Reference.of(image, shown.steps, request.plan, shown.latents)
             self.reference.save(request.output)
-        psnr_db = self.reference.psnr_db(image) if self.reference else None
-        if self.reference and (refusal := self.reference.refusal(psnr_db, request.plan)):
-            return Failure(Why.BAD_OUTPUT, refusal)
+        psnr_db = latents_psnr_db = None
+        if self.reference is not None:
+            psnr_db = self.reference.psnr_db(image)
+            latents_psnr_db = self.reference.latents_psnr_db(shown.latents)
+            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan):
+                return Failure(Why.BAD_OUTPUT, refusal)
         return Measurement(
             image_s=image_s,
             peak_bytes=peak_bytes,
@@ -274,7 +286,8 @@ class _Trial:
             runs_s=runs_s,
             verified=bool(runs_s),
             psnr_db=psnr_db,
-            reference=self.reference.plan if self.reference and psnr_db is not None else None,
+            latents_psnr_db=latents_psnr_db,
+            reference=self.reference.plan if self.reference else None,
             starved=sum(m.starved for m in self.meters),
         )
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 from autofit import architectures, pinning, probe
 from autofit.probe import memory
-from autofit.spec import BadInput
+from autofit.spec import BadInput, NothingFits
 from autofit.trial.cap import Outside
 from autofit.trial.measurer import Job, subject_of
 from autofit.trial.run import Request, measure
@@ -44,7 +44,10 @@ def serve(connection: Connection) -> None:
             except EOFError:
                 return
             assert isinstance(request, Request)
-            connection.send(measure(pipe, request, outside))
+            try:
+                connection.send(measure(pipe, request, outside))
+            except NothingFits as error:
+                connection.send(str(error))
 
 
 def _die_with_parent(life: int) -> None:
