@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,12 @@ def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
             os.replace(path, path.with_suffix(".old"))
         return _journal(path)
     except OSError as error:
-        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+        raise _unwritable(path, error) from error
 
 
 def image(name: str, *, fresh: bool = False) -> Path:
     """Where a study keeps the image that its trials are compared with. With ``fresh``, the one that
-    is there is forgotten.
+    is there is forgotten; so is a damaged one.
 
     Raises:
         BadInput: a folder that cannot be written.
@@ -46,16 +48,23 @@ def image(name: str, *, fresh: bool = False) -> Path:
     path = store.folder() / "studies" / f"{name}.npz"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if fresh or not zipfile.is_zipfile(path):
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+        raise _unwritable(path, error) from error
     return path
+
+
+def _unwritable(path: Path, error: OSError) -> BadInput:
+    reason = error.strerror or error
+    return BadInput(f"study {path}: {reason}; set AUTOFIT_HOME to another folder")
 
 
 def _journal(path: Path) -> Any:
     _drop_cut_line(path)
     try:
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            json.loads(line)  # Optuna says nothing of the last one until it reads another
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     except ValueError as error:
         raise BadInput(f"study {path} is damaged ({error}): start anew with --fresh") from error
@@ -86,9 +95,10 @@ def _database(url: str, name: str, fresh: bool) -> Any:
     try:
         opened = _open(url)
     except ImportError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise BadInput(
-            f"storage {url!r}: {str(error).splitlines()[0]}; install the database's driver, as"
-            " psycopg2-binary for postgresql://"
+            f"storage {url!r}: {reason}; install the database's driver, as psycopg2-binary for"
+            " postgresql://"
         ) from error
     except (SQLAlchemyError, ValueError) as error:
         reason = str(error).splitlines()[0]

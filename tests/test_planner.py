@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,7 +377,7 @@ class TestStorage:
                 if not request.full:
                     plans.append(request.plan)
                 if request.output is not None:
-                    request.output.touch()
+                    zipfile.ZipFile(request.output, "w").close()
                 return _by_technique(request)
 
             found = find_plan(Scripted(subject, outcome), GOAL, effort)
@@ -422,11 +423,24 @@ class TestStorage:
             file.write(b'{"op_code": 4, "wor')
         assert plan(Effort(trials=1)) == 201
 
-    def test_a_damaged_journal(self, plan: Callable[[Effort], int], home: Path) -> None:
+    @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04half"])
+    def test_a_damaged_image_is_made_anew(
+        self, plan: Callable[[Effort], int], home: Path, damage: bytes
+    ) -> None:
+        assert plan(Effort(trials=1)) == 101
+        (image,) = (home / "studies").glob("*.npz")
+        image.write_bytes(damage)
+        assert plan(Effort(trials=1)) == 202  # the reference once more, for its image
+        assert zipfile.is_zipfile(image)
+
+    @pytest.mark.parametrize("lines", [b"nonsense\n", b"nonsense\nmore nonsense\n"])
+    def test_a_damaged_journal(
+        self, plan: Callable[[Effort], int], home: Path, lines: bytes
+    ) -> None:
         plan(Effort(trials=1))
         (journal,) = (home / "studies").glob("*.journal")
         with journal.open("ab") as file:
-            file.write(b"nonsense\nmore nonsense\n")
+            file.write(lines)
         with pytest.raises(BadInput, match=r"is damaged \(.+\): start anew with --fresh"):
             plan(Effort(trials=1))
         assert plan(Effort(trials=1, fresh=True)) == 101
@@ -436,5 +450,5 @@ class TestStorage:
     ) -> None:
         (home / "file").touch()
         monkeypatch.setenv("AUTOFIT_HOME", str(home / "file"))
-        with pytest.raises(BadInput, match="Not a directory; set AUTOFIT_HOME"):
+        with pytest.raises(BadInput, match="Not a directory; set AUTOFIT_HOME to another folder"):
             plan(Effort(trials=1))
