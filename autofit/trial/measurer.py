@@ -169,6 +169,8 @@ class Worker:
     def _crash(self, error: BaseException) -> Failure:
         code = self._stop()
         ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL:  # its last words were of something else
+            return Failure(Why.CRASH, f"worker ended by {ended}, as where host memory runs out")
         return Failure(Why.CRASH, f"worker ended by {ended}; {self._last_words() or error!r}")
 
     def _last_words(self) -> str:
