@@ -19,6 +19,7 @@ from autofit.search import Found, Limits, Progress, search
 from autofit.spec import (
     Attempt,
     AutofitError,
+    BadInput,
     Failure,
     Measurement,
     NothingFits,
@@ -56,6 +57,9 @@ class Effort:
 
     ``images``: over how many images the time to set up (transfers, compiling) is spread.
     ``fresh``: forget what earlier runs of the same study measured.
+
+    Raises:
+        BadInput: a count below one, or no time.
     """
 
     trials: int = 40
@@ -63,6 +67,13 @@ class Effort:
     images: int = 20
     storage: str | None = None
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "images"):
+            if (count := getattr(self, name)) < 1:
+                raise BadInput(f"{name} {count} is below 1; write for example {name}=20")
+        if self.timeout_s <= 0:
+            raise BadInput(f"timeout_s {self.timeout_s} is not above zero; write for example 600")
 
     @property
     def joined(self) -> Effort:

@@ -50,7 +50,7 @@ def find(
 ) -> None:
     """List the profiles for which all of this holds, the fastest first."""
     pixels = units.parse_pixels(size) if size is not None else None
-    most_bytes = units.parse_size(budget) if budget is not None else None
+    most_bytes = units.parse_size(budget, "budget") if budget is not None else None
     card = gpus.find(gpu) if gpu is not None else None
     found = [
         item

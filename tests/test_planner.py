@@ -92,8 +92,14 @@ def subject(pipes: Pipes) -> Subject:
         ({"budget": "8"}, "has no unit; write 8GB"),
         ({"budget": 0}, "budget 0 bytes is not above zero; write for example '8GB'"),
         ({"budget": 8e9}, "budget 8000000000.0: give a text such as '8GB', or whole bytes"),
+        ({"host_ram": "8"}, "host_ram '8' has no unit"),
         ({"size": "1024x1024"}, r"size '1024x1024': give \(width, height\) in pixels"),
+        ({"size": 512}, r"size 512: give \(width, height\) in pixels"),
+        ({"size": ("a", "b")}, r"size \('a', 'b'\): give \(width, height\) in pixels"),
         ({"batch": 0}, "batch 0 is below 1; write for example --batch 1"),
+        ({"batch": "2"}, "batch '2': give a whole number"),
+        ({"batch": 10**12}, "batch 1000000000000 is above 100000"),
+        ({"steps": 2.5}, "steps 2.5: give a whole number"),
         ({"steps": 0}, "steps 0 is below 1"),
         ({"frames": -1}, "frames -1 is below 1"),
         ({"fidelity": "nice"}, "fidelity 'nice': one of exact, numeric, lossy"),
@@ -102,6 +108,19 @@ def subject(pipes: Pipes) -> Subject:
 def test_a_goal_is_checked_when_said(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         Goal(**({"budget": "1GB"} | asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"trials": 0}, "trials 0 is below 1"),
+        ({"images": -3}, "images -3 is below 1"),
+        ({"timeout_s": 0}, "timeout_s 0 is not above zero"),
+    ],
+)
+def test_an_effort_is_checked_when_said(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Effort(**asked)
 
 
 def test_a_budget_is_bytes() -> None:

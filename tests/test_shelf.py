@@ -118,7 +118,7 @@ def test_a_card_of_no_table_is_on_none_of_its_cards(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["find", "--size", "big"], "size 'big': not WIDTHxHEIGHT in pixels"),
-        (["find", "--budget", "8"], "size '8' has no unit"),
+        (["find", "--budget", "8"], "budget '8' has no unit"),
         (["list", "--from", "/nowhere"], "place /nowhere: cannot be read (No such file"),
         (["list", "--from", "nosuch://a"], "place nosuch://a: cannot read index.json (ValueError:"),
         (["find", "--gpu", "h20000"], "gpu 'h20000' is not in the table"),
