@@ -9,6 +9,9 @@ Exit code 0: done; 1: a fault of ours or of the machine; 2: bad input; 3: nothin
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +21,9 @@ import typer
 
 from autofit import shelf, units
 from autofit.spec import AutofitError, BadInput
+
+INTERRUPTED = 130  # exit code
+MOST_SEED = 2**63 - 1  # that torch takes, with one more for each image of a batch
 
 app = typer.Typer(
     name="autofit",
@@ -54,11 +60,17 @@ def plan(
     model: Model,
     budget: Annotated[
         str | None,
-        typer.Option(help="Memory of the whole process, as 8GB; the card's less a desktop's."),
+        typer.Option(
+            help="Memory of the whole process, as 8GB; if none, the card's less a desktop's."
+        ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own if none.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Images a call.")] = "1",
-    steps: Annotated[str | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Denoising steps; the model's own if none.")
+    ] = None,
     frames: Annotated[str, typer.Option(help="Frames, of a video pipeline.")] = "1",
     fidelity: Fidelity = "lossy",
     host_ram: HostRam = None,
@@ -94,7 +106,7 @@ def plan(
 
     def goal_of(budget: str | int, size: str | None) -> goals.Goal:
         return goals.Goal(
-            budget=units.parse_size(budget) if isinstance(budget, str) else budget,
+            budget=budget,
             size=units.parse_pixels(size) if size is not None else None,
             batch=_count("batch", batch),
             steps=_count("steps", steps) if steps is not None else None,
@@ -104,7 +116,15 @@ def plan(
         )
 
     _check_folder(output)
+    searched: dict[str, Any] = {
+        "trials": _count("trials", trials),
+        "timeout_s": units.parse_duration(timeout),
+        "images": _count("images", images),
+    }
+    others = _count("workers", workers)
     if dry_run or gpu is not None or budgets is not None or sizes is not None:
+        if gpu is not None and device is not None:
+            raise BadInput(f"gpu {gpu!r} is predicted, not used: leave out --device, or --gpu")
         from autofit import predicting
 
         asked = predicting.Asked(
@@ -117,15 +137,9 @@ def plan(
         return
     from autofit import commands, planner
 
-    goal = goal_of(budget or commands.whole_card(device), size)
-    effort = planner.Effort(
-        trials=_count("trials", trials),
-        timeout_s=units.parse_duration(timeout),
-        images=_count("images", images),
-        storage=storage,
-        fresh=fresh,
-    )
-    commands.plan(model, goal, effort, device, dtype, output, as_json, _count("workers", workers))
+    goal = goal_of(commands.whole_card(device) if budget is None else budget, size)
+    effort = planner.Effort(**searched, storage=storage, fresh=fresh)
+    commands.plan(model, goal, effort, device, dtype, output, as_json, others)
 
 
 @app.command()
@@ -165,7 +179,7 @@ def run(
     from autofit import commands
 
     _check_folder(output)
-    commands.run(model, profile, prompt, output, _count("seed", seed, least=0), device, dtype)
+    commands.run(model, profile, prompt, output, _count("seed", seed, 0, MOST_SEED), device, dtype)
 
 
 @app.command()
@@ -232,7 +246,7 @@ def models(as_json: Json = False) -> None:
 
 @app.command()
 def gpus(as_json: Json = False) -> None:
-    """List the cards that `probe --gpu` knows without having them, by their vendor's figures."""
+    """List the cards that --gpu takes and nobody need have, by their vendor's figures."""
     from autofit.gpus import gpus as cards
 
     if as_json:
@@ -247,7 +261,7 @@ def gpus(as_json: Json = False) -> None:
         )
 
 
-def _count(name: str, text: str, least: int = 1) -> int:
+def _count(name: str, text: str, least: int = 1, most: float = math.inf) -> int:
     try:
         number = int(text)
     except ValueError:
@@ -258,6 +272,8 @@ def _count(name: str, text: str, least: int = 1) -> int:
         raise BadInput(
             f"{name} {number} is below {least}; write for example --{name} {max(1, least)}"
         )
+    if number > most:
+        raise BadInput(f"{name} {number} is above {most}; write for example --{name} 1")
     return number
 
 
@@ -273,6 +289,8 @@ def _check_folder(output: Path | None) -> None:
         raise BadInput(f"output {str(output)!r}: there is no folder {str(output.parent)!r}")
     if output is not None and output.is_dir():
         raise BadInput(f"output {str(output)!r} is a folder; give a file in it")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise BadInput(f"output {str(output)!r}: {str(output.parent)!r} cannot be written to")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,22 +298,30 @@ def main(arguments: list[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         code = _exit_code(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # what is left is Python's and torch's, and would end in a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
     usage: Any = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own click
+    given = arguments or ["--help"]
     try:
-        return int(app(arguments or ["--help"], standalone_mode=False) or 0)
+        code = int(app(given, prog_name="autofit", standalone_mode=False) or 0)
+        if code == INTERRUPTED:  # typer's own answer to Ctrl-C, without a word
+            _complain("interrupted")
+        return code
     except AutofitError as error:
         _complain(str(error))
         return error.exit_code
     except usage as error:
-        _complain(error.format_message())
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        _complain(error.format_message().removesuffix(".") + hint)
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         sys.stderr.close()
         return 1

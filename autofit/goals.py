@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
 
 from autofit import architectures
 from autofit.spec import BadInput, Device, Fidelity, NothingFits, Pipeline, Workload
 from autofit.units import format_bytes, parse_size
 
 SUGGESTION = 1.02  # on the smallest peak, so that what we suggest works: above cost.MARGIN
+MOST = 100_000  # images a call, steps, frames: beyond it a prompt's list alone fills the memory
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,10 @@ class Goal:
         if self.host_ram is not None:
             _size_bytes("host_ram", self.host_ram)
         fidelity_named(self.fidelity)
-        if self.size is not None and len(self.size) != 2:
+        if self.size is not None and not _is_pair(self.size):
             raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
         for name in ("batch", "steps", "frames"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise BadInput(f"{name} {count} is below 1; write for example --{name} 1")
+            _check_count(name, getattr(self, name))
 
     @property
     def budget_bytes(self) -> int:
@@ -96,9 +97,25 @@ def fidelity_named(text: str) -> Fidelity:
         raise BadInput(f"fidelity {text!r}: one of {known}") from None
 
 
+def _is_pair(size: Any) -> bool:
+    is_sequence = isinstance(size, tuple | list)
+    return is_sequence and len(size) == 2 and all(isinstance(side, Integral) for side in size)
+
+
+def _check_count(name: str, count: Any) -> None:
+    if count is None:
+        return
+    if not isinstance(count, Integral):
+        raise BadInput(f"{name} {count!r}: give a whole number")
+    if int(count) < 1:
+        raise BadInput(f"{name} {count} is below 1; write for example --{name} 1")
+    if int(count) > MOST:
+        raise BadInput(f"{name} {count} is above {MOST}; write for example --{name} 1")
+
+
 def _size_bytes(name: str, size: str | int) -> int:
     if isinstance(size, str):
-        return parse_size(size)
+        return parse_size(size, name)
     if not isinstance(size, int):
         raise BadInput(f"{name} {size!r}: give a text such as '8GB', or whole bytes")
     if size <= 0:

@@ -46,8 +46,9 @@ def outlooks(
         if (workload, worst) not in forecasters:
             forecasters[workload, worst] = Forecaster(dry, pipeline, device, workload, worst)
         forecaster = forecasters[workload, worst]
-        best, least_bytes = forecaster.best(goal.budget_bytes), forecaster.smallest_bytes
-        found.append(Outlook(pipeline, device, workload, goal.budget_bytes, best, least_bytes))
+        budget_bytes = min(goal.budget_bytes, device.total_bytes)  # no card has more than it has
+        best, least_bytes = forecaster.best(budget_bytes), forecaster.smallest_bytes
+        found.append(Outlook(pipeline, device, workload, budget_bytes, best, least_bytes))
     return found
 
 

@@ -20,6 +20,7 @@ from autofit.search import Found, Limits, Progress, search
 from autofit.spec import (
     Attempt,
     AutofitError,
+    BadInput,
     Failure,
     Measurement,
     NothingFits,
@@ -57,6 +58,9 @@ class Effort:
 
     ``images``: over how many images the time to set up (transfers, compiling) is spread.
     ``fresh``: forget what earlier runs of the same study measured.
+
+    Raises:
+        BadInput: a count below one, or no time.
     """
 
     trials: int = 40
@@ -64,6 +68,13 @@ class Effort:
     images: int = 20
     storage: str | None = field(default=None, repr=False)  # a URL may hold a password
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "images"):
+            if (count := getattr(self, name)) < 1:
+                raise BadInput(f"{name} {count} is below 1; write for example {name}=20")
+        if self.timeout_s <= 0:
+            raise BadInput(f"timeout_s {self.timeout_s} is not above zero; write for example 600")
 
     def check(self) -> None:
         """Open the storage, which takes a moment, before a model is loaded, which takes more.

@@ -37,7 +37,8 @@ def predict(
         device = session.default_device()
     card = outlook.card(gpu, device)
     whole_bytes = outlook.whole_card_bytes(gpu, card)
-    goals = [asked.goal(b or whole_bytes, s) for s in asked.sizes for b in asked.budgets]
+    budgets = [whole_bytes if b is None else b for b in asked.budgets]
+    goals = [asked.goal(b, s) for s in asked.sizes for b in budgets]
     found = outlook.outlooks(model, goals, _hosted(card, goals[0], gpu), dtype)
     if asked.is_table:
         if as_json:

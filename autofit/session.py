@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autofit import anatomy, host, host_budget, pinning, probe, report, store, trust
+from autofit import anatomy, architectures, host, host_budget, pinning, probe, report, store, trust
 from autofit.applied import Applied, applied_on, parked
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
@@ -148,6 +148,8 @@ def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Mea
     """Who measures: a worker for a name, this process for a pipe (on the CPU meanwhile, as are the
     pipes of this process that have a profile)."""
     if isinstance(model, str):
+        if model not in architectures.names():
+            architectures.located(model)  # found out before a process is started for it
         worker = Worker(Job(model, dtype, device))
         try:
             yield worker
@@ -191,7 +193,10 @@ def save_images(images: list[Any], path: Path) -> list[Path]:
     for image, target in zip(images, paths, strict=True):
         try:
             image.save(target)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise BadInput(f"image {target}: cannot be written ({reason}); give another") from error
+        except ValueError as error:
             raise BadInput(
                 f"image {target}: cannot be written ({error}); write NAME.png"
             ) from error
@@ -254,6 +259,10 @@ def _check_needs_no_image(pipe: Any) -> None:
 def _check_untouched(pipe: Any) -> None:
     """Refuse a pipe whose placement somebody else manages already."""
     name = type(pipe).__name__
+    if not hasattr(pipe, "components"):
+        raise BadInput(
+            f"a {name} is no pipe: load one, as DiffusionPipeline.from_pretrained('org/name')"
+        )
     if hasattr(pipe, "_autofit"):
         raise BadInput(f"{name} has a profile applied already: call revert() on it first")
     for part, module in anatomy.modules(pipe).items():

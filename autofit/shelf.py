@@ -50,7 +50,7 @@ def find(
 ) -> None:
     """List the profiles for which all of this holds, the fastest first."""
     pixels = units.parse_pixels(size) if size is not None else None
-    most_bytes = units.parse_size(budget) if budget is not None else None
+    most_bytes = units.parse_size(budget, "budget") if budget is not None else None
     card = gpus.find(gpu) if gpu is not None else None
     found = [
         item
@@ -104,6 +104,8 @@ def _items(source: str | None) -> list[Item]:
     from autofit import places
 
     found, faults = places.items(_among(source))
+    if source is not None and not found and len(faults) == 1:
+        raise BadInput(faults[0])  # there is nothing else to look at
     for fault in faults:
         _complain(f"passed over: {fault}")
     return found
@@ -145,6 +147,9 @@ def _show(items: list[Item], as_json: bool) -> None:
             for i in items
         ]
         typer.echo(json.dumps(rows, indent=2))
+        return
+    if not items:
+        _complain("there is no such profile")
         return
     table = [_cells(item) for item in items]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

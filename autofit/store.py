@@ -52,7 +52,7 @@ def keep(profile: Profile) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"cannot be made ({error.strerror or error}): set AUTOFIT_HOME"
+        reason = f"cannot be made ({error.strerror or error}): set AUTOFIT_HOME to another folder"
         raise BadInput(f"folder {target.parent}: {reason}") from error
     save(profile, target)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -45,7 +46,7 @@ def storage(url: str | None, name: str, *, fresh: bool = False) -> Any:
             os.replace(path, path.with_suffix(".old"))
         return _journal(path, "start anew with --fresh")
     except OSError as error:
-        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+        raise _unwritable(path, error) from error
 
 
 def opened(url: str) -> Any:
@@ -77,8 +78,13 @@ def image(name: str, *, fresh: bool = False) -> Path:
         if fresh or _is_damaged(path):
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise BadInput(f"study {path}: {error.strerror or error}; set AUTOFIT_HOME") from error
+        raise _unwritable(path, error) from error
     return path
+
+
+def _unwritable(path: Path, error: OSError) -> BadInput:
+    reason = error.strerror or error
+    return BadInput(f"study {path}: {reason}; set AUTOFIT_HOME to another folder")
 
 
 def _is_damaged(image: Path) -> bool:
@@ -100,6 +106,9 @@ class _Journal(JournalFileBackend):
         if not HEAD.startswith(begin):
             raise ValueError(f"it begins with {begin!r}")
         _drop_cut_line(path)
+        whole = path.read_bytes().rpartition(b"\n")[0]  # another process may be writing the last
+        for line in whole.splitlines():
+            json.loads(line)  # Optuna says nothing of the last one until it reads another
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         try:

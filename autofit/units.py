@@ -21,31 +21,33 @@ GIB = 2**30
 MIB = 2**20
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "size") -> int:
     """Read a size such as ``8GB`` (8·10⁹ bytes) or ``8GiB`` (8·2³⁰ bytes).
 
-    Case does not matter and the unit is required.
+    Case does not matter and the unit is required. ``name`` is what the size is to the user.
 
     Raises:
         BadInput: no unit, an unknown unit, a negative number or zero.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise BadInput(f"size {text!r}: not a number with a unit; write for example 8GB or 7.5GiB")
+        raise BadInput(
+            f"{name} {text!r}: not a number with a unit; write for example 8GB or 7.5GiB"
+        )
     number, unit = match.groups()
     if not unit:
         raise BadInput(
-            f"size {text!r} has no unit; write {number}GB ({number}·10⁹ bytes)"
+            f"{name} {text!r} has no unit; write {number}GB ({number}·10⁹ bytes)"
             f" or {number}GiB ({number}·2³⁰ bytes)"
         )
     if unit.lower() not in _UNITS:
         raise BadInput(
-            f"size {text!r}: unknown unit {unit!r}; write {number}GB ({number}·10⁹ bytes)"
+            f"{name} {text!r}: unknown unit {unit!r}; write {number}GB ({number}·10⁹ bytes)"
             f" or {number}GiB ({number}·2³⁰ bytes)"
         )
     size_bytes = int(Decimal(number) * _UNITS[unit.lower()])
     if size_bytes <= 0:
-        raise BadInput(f"size {text!r} is not above zero; write for example 8GB")
+        raise BadInput(f"{name} {text!r} is not above zero; write for example 8GB")
     return size_bytes
 
 

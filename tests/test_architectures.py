@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from autofit import anatomy
+from autofit import anatomy, host
 from autofit.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -259,6 +259,15 @@ def test_build_takes_built_in_names_only() -> None:
 def test_unknown_dtype() -> None:
     with pytest.raises(BadInput, match="dtype 'int8': weights can be float32"):
         build("tiny-sd", dtype="int8")
+
+
+def test_weights_that_the_host_cannot_hold_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "machine_bytes", lambda: 20 * 10**9)
+    message = (
+        r"'flux-dev': its weights are 31\.42 GiB, and this host has 18\.63 GiB .+: predict, by"
+    )
+    with pytest.raises(BadInput, match=message):
+        build("flux-dev")
 
 
 def test_folder_without_a_pipeline(tmp_path: Path) -> None:

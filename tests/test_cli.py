@@ -236,16 +236,25 @@ def test_ctrl_c_outside_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.complaint == "interrupted; the same command resumes"
 
 
+def test_ctrl_c_of_another_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "load", interrupted)
+    ended = autofit("show", "profile.yaml")
+    assert (ended.code, ended.complaint) == (130, "interrupted")
+
+
 # ---------------------------------------------------------------- what cannot be
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "8"), r"size '8' has no unit; write 8GB \(.+\) or 8GiB \(.+\)"),
-        (("--budget", "8 parsecs"), r"size '8 parsecs': unknown unit 'parsecs'; write 8GB .+"),
-        (("--budget", "-1GB"), r"size '-1GB' is not above zero; write for example 8GB"),
-        (("--budget", "0GB"), r"size '0GB' is not above zero; write for example 8GB"),
+        (("--budget", "8"), r"budget '8' has no unit; write 8GB \(.+\) or 8GiB \(.+\)"),
+        (("--budget", "8 parsecs"), r"budget '8 parsecs': unknown unit 'parsecs'; write 8GB .+"),
+        (("--budget", "-1GB"), r"budget '-1GB' is not above zero; write for example 8GB"),
+        (("--budget", "0GB"), r"budget '0GB' is not above zero; write for example 8GB"),
         (("--budget", "1GB", "--size", "big"), r"size 'big': not WIDTHxHEIGHT in pixels; .+"),
         (("--budget", "1GB", "--size", ""), r"size '': not WIDTHxHEIGHT in pixels; .+"),
         (("--budget", "1GB", "--batch", "0"), r"batch 0 is below 1; write .* --batch 1"),
@@ -306,7 +315,8 @@ def test_what_the_worker_or_the_pipe_refuses_is_one_line(
     ("arguments", "message"),
     [
         (("plam",), r"No such command 'plam'\..*"),
-        (("plan",), r"Missing argument .+"),
+        (("plan",), r"Missing argument 'model' \(see autofit plan --help\)"),
+        (("profiles",), r"Missing command \(see autofit profiles --help\)"),
         (("probe", "--device", "tpu"), r"device 'tpu': not a device; .+"),
         (("show",), r"Missing argument .+"),
     ],
@@ -456,6 +466,7 @@ class TestRun:
             (("--output", "x.yaml"), r"image x\.yaml: '\.yaml' is no image format; .+"),
             (("--device", "tpu"), r"device 'tpu': not a device; .+"),
             (("--seed", "-1"), r"seed -1 is below 0; .+"),
+            (("--seed", "9" * 20), r"seed 9+ is above 9223372036854775807; .+"),
         ],
     )
     def test_is_refused_before_the_model_is_loaded(

@@ -40,6 +40,12 @@ def test_the_budget_is_the_card_s_where_none_is_given() -> None:
     assert predicted["peak_bytes"] <= found["budget_bytes"]
 
 
+def test_no_budget_is_above_the_card_s_memory() -> None:
+    """Else a plan would be said to fit that no such card can hold."""
+    found = json.loads(autofit(*TINY, "--budget", "1TB", "--json").out)
+    assert found["budget_bytes"] == found["on"]["total_bytes"] < 9e9
+
+
 def test_a_table_for_budgets_and_sizes() -> None:
     asked = ("--budgets", "1MB,1GB,8GB", "--sizes", "64x64,96x64")
     model = ("plan", "tiny-sd", "--steps", "4", "--gpu", "rtx-4060")
@@ -106,6 +112,10 @@ def test_a_model_seen_before_takes_no_torch_and_no_time() -> None:
         ((*TINY[:-1], "rtx-4061"), 2, "Did you mean rtx-4060"),
         ((*TINY, "--budget", "1GB", "--budgets", "1GB"), 2, "--budget or --budgets, not both"),
         ((*TINY, "--budgets", "1GB,8"), 2, "8GiB"),
+        ((*TINY, "--budgets", "1GB,,2GB"), 2, "budget '': not a number with a unit"),
+        ((*TINY, "--budget", ""), 2, "budget '': not a number with a unit"),
+        ((*TINY, "--device", "cpu"), 2, "gpu 'rtx-4060' is predicted, not used"),
+        ((*TINY, "--images", "-3"), 2, "images -3 is below 1"),
         (("plan", "tiny-sd", "--dry-run", "--device", "cpu"), 2, "--gpu rtx-4060"),
         (("plan", "tiny-sd", "--device", "cpu"), 2, "give one, as --budget 8GB"),
         (("plan", "no-such-model", "--gpu", "rtx-4060"), 2, "no-such-model"),

@@ -296,7 +296,7 @@ def test_show_tells_what_the_host_had_no_room_for(shown: list[str]) -> None:
 def test_a_limit_without_a_unit_is_exit_2() -> None:
     ended = command(*PLAN, "--device", "cpu", "--host-ram", "8")
     assert ended.code == 2
-    assert ended.complaint.startswith("size '8' has no unit; write 8GB")
+    assert ended.complaint.startswith("host_ram '8' has no unit; write 8GB")
 
 
 def test_the_workers_of_a_plan_have_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:

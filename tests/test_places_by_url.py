@@ -112,7 +112,10 @@ fsspec.register_implementation("slow", Slow)
     [
         ("slow://a", r"cannot read index\.json \(TimeoutError: no answer within 0\.2 s\)"),
         ("memory://none", r"cannot read index\.json: not found; autofit profiles push"),
-        ("nosuch://a", r"cannot read index\.json \(ValueError: Protocol not known: nosuch\)"),
+        (
+            "nosuch://a",
+            r"cannot read index\.json \(ValueError: Protocol not known: nosuch\): write https://",
+        ),
         pytest.param(
             "s3://a/b",
             r"needs a package \(.*s3fs.*\): pip install 'autofit\[urls\]'",

@@ -96,8 +96,14 @@ def subject(pipes: Pipes) -> Subject:
         ({"budget": "8"}, "has no unit; write 8GB"),
         ({"budget": 0}, "budget 0 bytes is not above zero; write for example '8GB'"),
         ({"budget": 8e9}, "budget 8000000000.0: give a text such as '8GB', or whole bytes"),
+        ({"host_ram": "8"}, "host_ram '8' has no unit"),
         ({"size": "1024x1024"}, r"size '1024x1024': give \(width, height\) in pixels"),
+        ({"size": 512}, r"size 512: give \(width, height\) in pixels"),
+        ({"size": ("a", "b")}, r"size \('a', 'b'\): give \(width, height\) in pixels"),
         ({"batch": 0}, "batch 0 is below 1; write for example --batch 1"),
+        ({"batch": "2"}, "batch '2': give a whole number"),
+        ({"batch": 10**12}, "batch 1000000000000 is above 100000"),
+        ({"steps": 2.5}, "steps 2.5: give a whole number"),
         ({"steps": 0}, "steps 0 is below 1"),
         ({"frames": -1}, "frames -1 is below 1"),
         ({"fidelity": "nice"}, "fidelity 'nice': one of exact, numeric, lossy"),
@@ -106,6 +112,19 @@ def subject(pipes: Pipes) -> Subject:
 def test_a_goal_is_checked_when_said(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         Goal(**({"budget": "1GB"} | asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"trials": 0}, "trials 0 is below 1"),
+        ({"images": -3}, "images -3 is below 1"),
+        ({"timeout_s": 0}, "timeout_s 0 is not above zero"),
+    ],
+)
+def test_an_effort_is_checked_when_said(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Effort(**asked)
 
 
 def test_a_budget_is_bytes() -> None:
@@ -461,16 +480,13 @@ class TestStorage:
         with pytest.raises(BadInput, match=f"storage '{url}': .*{reason}.*sqlite:///"):
             plan(Effort(trials=1, storage=url))
 
-    @pytest.mark.parametrize("trials", [0, 1])
-    def test_a_damaged_image_is_made_anew(
-        self, plan: Callable[[Effort], int], home: Path, trials: int
-    ) -> None:
+    def test_a_damaged_image_is_made_anew(self, plan: Callable[[Effort], int], home: Path) -> None:
         plan(Effort(trials=1))
         (image,) = (home / "studies").glob("*.npz")
         whole = image.read_bytes()
         image.write_bytes(whole[: len(whole) // 2])
         with pytest.warns(UserWarning, match=f"^made anew: reference {image} is damaged"):
-            plan(Effort(trials=trials))
+            plan(Effort(trials=1))
         assert image.read_bytes() == whole
 
     def test_a_journal_cut_by_a_kill_loses_its_last_line(
@@ -482,11 +498,14 @@ class TestStorage:
             file.write(b'{"op_code": 4, "wor')
         assert plan(Effort(trials=1)) == 201
 
-    def test_a_damaged_journal(self, plan: Callable[[Effort], int], home: Path) -> None:
+    @pytest.mark.parametrize("lines", [b"nonsense\n", b"nonsense\nmore nonsense\n"])
+    def test_a_damaged_journal(
+        self, plan: Callable[[Effort], int], home: Path, lines: bytes
+    ) -> None:
         plan(Effort(trials=1))
         (journal,) = (home / "studies").glob("*.journal")
         with journal.open("ab") as file:
-            file.write(b"nonsense\nmore nonsense\n")
+            file.write(lines)
         with pytest.raises(BadInput, match=r"is damaged \(.+\): start anew with --fresh"):
             plan(Effort(trials=1))
         assert plan(Effort(trials=1, fresh=True)) == 101
@@ -496,5 +515,5 @@ class TestStorage:
     ) -> None:
         (home / "file").touch()
         monkeypatch.setenv("AUTOFIT_HOME", str(home / "file"))
-        with pytest.raises(BadInput, match="Not a directory; set AUTOFIT_HOME"):
+        with pytest.raises(BadInput, match="Not a directory; set AUTOFIT_HOME to another folder"):
             plan(Effort(trials=1))

@@ -102,6 +102,12 @@ def test_find_filters_the_fastest_first(
     assert names("find", "--from", folder, *options) == expected
 
 
+def test_it_is_said_where_there_is_none(folder: Path) -> None:
+    assert profiles("find", "--from", folder, "--size", "8x8") == (
+        0, "", "autofit: there is no such profile\n"
+    )  # fmt: skip
+
+
 def test_a_card_of_no_table_is_on_none_of_its_cards(folder: Path) -> None:
     on = replace(PROFILE.on, device="Cerebral Vortex 9")
     store.save(samples.profile(on=on), folder / "c.yaml")
@@ -112,7 +118,9 @@ def test_a_card_of_no_table_is_on_none_of_its_cards(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["find", "--size", "big"], "size 'big': not WIDTHxHEIGHT in pixels"),
-        (["find", "--budget", "8"], "size '8' has no unit"),
+        (["find", "--budget", "8"], "budget '8' has no unit"),
+        (["list", "--from", "/nowhere"], "place /nowhere: cannot be read (No such file"),
+        (["list", "--from", "nosuch://a"], "place nosuch://a: cannot read index.json (ValueError:"),
         (["find", "--gpu", "h20000"], "gpu 'h20000' is not in the table"),
         (["push", "missing.yaml", URL], "profile missing.yaml: cannot be read"),
         (["pull", URL], "place memory://team/profiles: cannot read index.json: not found"),

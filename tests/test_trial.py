@@ -569,7 +569,7 @@ class TestWorker:
         )
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.CRASH
-        assert "SIGKILL" in outcome.detail
+        assert outcome.detail == "worker ended by SIGKILL, as where host memory runs out"
         assert isinstance(worker.measure(Request(RESIDENT, SMALL, None)), Measurement)
 
     def test_a_hang_is_a_failure_and_the_worker_is_gone(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autofit import host
 from autofit.spec import BadInput
+from autofit.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,21 @@ def _empty(name: str, dtype: str | None) -> tuple[Any, Any]:
     from autofit.architectures.checkpoint import torch_dtype
 
     to = torch_dtype(dtype or architecture.dtype)
+    _check_room(architecture, to.itemsize)
     with init_empty_weights():
         return made(name), to
+
+
+def _check_room(architecture: Architecture, element_bytes: int) -> None:
+    """Said at once, where making the weights would take minutes until the system ends it."""
+    weight_bytes, host_bytes = architecture.parameters * element_bytes, host.machine_bytes()
+    if weight_bytes > host_bytes:
+        weights, has = format_bytes(weight_bytes), format_bytes(host_bytes)
+        halved = "load them in half precision by --dtype, or " if element_bytes > 2 else ""
+        raise BadInput(
+            f"model {architecture.name!r}: its weights are {weights}, and this host has {has} of"
+            f" memory: {halved}predict, by --gpu"
+        )
 
 
 def made(name: str) -> Any:

@@ -32,7 +32,8 @@ def from_folder(folder: Path, dtype: str | None) -> Any:
     """
     if not (folder / "model_index.json").is_file():
         raise BadInput(
-            f"{folder} is not a folder with a model_index.json; save_pretrained() makes one"
+            f"model {str(folder)!r} is not a folder with a model_index.json; save_pretrained()"
+            " makes one"
         )
     wanted = None if dtype is None else torch_dtype(dtype)
     try:

@@ -72,7 +72,9 @@ def from_folder(folder: Path, dtype: str | None) -> Ghost:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise BadInput(f"{folder} has no model_index.json; save_pretrained() makes one")
+        raise BadInput(
+            f"model {str(folder)!r} has no model_index.json; save_pretrained() makes one"
+        )
     entries = json.loads(index.read_text("utf-8"))
     ghost = Ghost(None, dtype)
     if dtype is not None:

@@ -28,6 +28,7 @@ from autofit.units import format_bytes
 T = TypeVar("T")
 
 INDEX = "index.json"
+KINDS = "https://..., s3://..., hf://datasets/... or a folder"
 SCHEMA = 1  # of index.json
 TIMEOUT_S = 10.0  # for one file, whatever the server does
 MAX_FILES = 10_000  # of one index.json
@@ -117,7 +118,7 @@ def fetch(url: str, name: str, sha256: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         folders.replace(target, data)
     except OSError as error:
-        reason = f"cannot be kept ({error.strerror or error}): set AUTOFIT_HOME"
+        reason = f"cannot be kept ({error.strerror or error}): set AUTOFIT_HOME to another folder"
         raise BadInput(f"profile {target}: {reason}") from error
     return target
 
@@ -212,7 +213,9 @@ def _reason(what: str, error: BaseException) -> str:
         return f"cannot {what}: not found; {hint}"
     told = error.__cause__ if isinstance(error, FileNotFoundError) else error
     said = shown(" ".join(str(told).split()))[:200]
-    return f"cannot {what} ({type(told).__name__}: {said}): check the address and the network"
+    is_unknown = said.startswith("Protocol not known")
+    hint = f"write {KINDS}" if is_unknown else "check the address and the network"
+    return f"cannot {what} ({type(told).__name__}: {said}): {hint}"
 
 
 def _within(action: Callable[[], T]) -> T:
