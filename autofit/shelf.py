@@ -149,7 +149,7 @@ def _show(items: list[Item], as_json: bool) -> None:
         typer.echo(json.dumps(rows, indent=2))
         return
     if not items:
-        _complain("there is no such profile")
+        typer.echo("there is no such profile", err=True)
         return
     table = [_cells(item) for item in items]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -322,6 +322,7 @@ def test_trials_as_plain_data() -> None:
         "detail": "CUDA out of memory",
         "phase": "decode",
         "needed_bytes": 9_771_050_598,
+        "step_s": None,
     }
 
 

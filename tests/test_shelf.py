@@ -104,7 +104,7 @@ def test_find_filters_the_fastest_first(
 
 def test_it_is_said_where_there_is_none(folder: Path) -> None:
     assert profiles("find", "--from", folder, "--size", "8x8") == (
-        0, "", "autofit: there is no such profile\n"
+        0, "", "there is no such profile\n"
     )  # fmt: skip
 
 

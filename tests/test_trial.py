@@ -536,8 +536,8 @@ def test_a_worker_answers_that_the_card_is_too_full(monkeypatch: pytest.MonkeyPa
     serving = threading.Thread(target=serve, args=(theirs,))
     serving.start()
     ours.send(Job("tiny-sd", None, "cpu"))
-    assert ours.recv().device.kind == "cpu"
     worker = Worker.__new__(Worker)
+    worker.subject, worker._slowest_s = ours.recv(), 0.0
     worker._process, worker._connection = object(), ours  # type: ignore[assignment]
     with pytest.raises(NothingFits, match="cuda:0 has 1 GiB free"):
         worker.measure(Request(RESIDENT, SMALL, None))
@@ -569,7 +569,7 @@ class TestWorker:
         )
         assert isinstance(outcome, Failure)
         assert outcome.why is Why.CRASH
-        assert outcome.detail == "worker ended by SIGKILL, as where host memory runs out"
+        assert outcome.detail.startswith("worker ended by SIGKILL; the system may have ended it")
         assert isinstance(worker.measure(Request(RESIDENT, SMALL, None)), Measurement)
 
     def test_a_hang_is_a_failure_and_the_worker_is_gone(

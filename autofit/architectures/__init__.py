@@ -61,39 +61,48 @@ def build(name: str, *, dtype: str | None = None, seed: int = 0) -> Any:
     Without ``dtype`` the weights have the architecture's own. The same seed gives the same weights.
 
     Raises:
-        BadInput: no such architecture, or a dtype that weights cannot have.
+        BadInput: no such architecture, a dtype that weights cannot have, or more of them than this
+            host's memory holds.
     """
     from autofit.architectures.weights import materialize
 
-    pipe, to = _empty(name, dtype)
+    architecture, to = _asked(name, dtype)
+    _check_room(architecture, to.itemsize)
+    pipe = _empty(architecture)
     materialize(pipe, to, seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def outline(name: str, *, dtype: str | None = None) -> Any:
-    """Build a built-in pipeline for its facts, in a second: its weights have no memory. Raises as
-    ``build`` does."""
+    """Build a built-in pipeline for its facts, in a second: its weights have no memory.
+
+    Raises:
+        BadInput: no such architecture, or a dtype that weights cannot have.
+    """
     from autofit.architectures.weights import cast
 
-    pipe, to = _empty(name, dtype)
+    architecture, to = _asked(name, dtype)
+    pipe = _empty(architecture)
     cast(pipe, to)
     return pipe
 
 
-def _empty(name: str, dtype: str | None) -> tuple[Any, Any]:
-    """A built-in pipeline without weights, and the dtype that they are to have."""
+def _asked(name: str, dtype: str | None) -> tuple[Architecture, Any]:
+    """A built-in architecture, and the dtype that its weights are to have."""
+    from autofit.architectures.checkpoint import torch_dtype
+
     architecture = next((a for a in ARCHITECTURES if a.name == name), None)
     if architecture is None:
         raise _unknown(name)
+    return architecture, torch_dtype(dtype or architecture.dtype)
+
+
+def _empty(architecture: Architecture) -> Any:
     from accelerate import init_empty_weights
 
-    from autofit.architectures.checkpoint import torch_dtype
-
-    to = torch_dtype(dtype or architecture.dtype)
-    _check_room(architecture, to.itemsize)
     with init_empty_weights():
-        return made(name), to
+        return made(architecture.name)
 
 
 def _check_room(architecture: Architecture, element_bytes: int) -> None:
