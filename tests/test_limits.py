@@ -20,7 +20,7 @@ REACHED = {
     "sd15--H200--8GiB": 0.98,
     "sdxl--H100--12GiB": 0.95,
     "sdxl--H100--4GiB": None,
-    "sdxl--H100--6GiB": None,
+    "sdxl--H100--6GiB": 0.950,
     "sdxl--H100--8GiB": 0.95,
     "sdxl--H200--12GiB": 1.0,
     "sdxl--H200--4GiB": None,
