@@ -126,9 +126,10 @@ def lines(outlook: Outlook, forecast: Forecast) -> str:
          f" {format_bytes(outlook.budget_bytes)}"),
         ("time", f"about {format_seconds(predicted.image_s)} a generation: encode"
          f" {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}",
-         report.share_text(forecast.limit_s, predicted.image_s)),
+         f"{report.share_text(forecast.limit_s, predicted.image_s)}, run eagerly: what graphs and"
+         " compiling gain is not predicted"),
         ("predicted", f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within"
-         f" {TIME_BAND:.0%} on the H200 that these figures were checked on"),
+         f" {TIME_BAND:.0%} on the H200 and the H100 that these figures were checked on"),
         ("on", f"{device.name}, {format_bytes(device.total_bytes)}"),
     ]  # fmt: skip
     return report.fact_lines(rows)

@@ -127,7 +127,7 @@ def _lines(trusted: Trusted, predicted: Prediction, card: Device) -> str:
         ("peak", f"about {format_bytes(predicted.peak_bytes)} of {format_bytes(card.total_bytes)}"),
         ("time", f"about {format_seconds(predicted.image_s)} a generation, {least} to {most}"),
         ("predicted", f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within"
-         f" {TIME_BAND:.0%} on the H200 that these figures were checked on"),
+         f" {TIME_BAND:.0%} on the H200 and the H100 that these figures were checked on"),
         ("on", f"{card.name}, {format_bytes(card.total_bytes)}"),
     ]  # fmt: skip
     return report.fact_lines(rows)
