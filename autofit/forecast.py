@@ -35,6 +35,10 @@ PREDICTED = (
 )  # fmt: skip
 # How far off peak and time were on an H200 at most, and in the median: tests/test_forecast.py.
 PEAK_BAND, TIME_BAND = 0.10, 0.25
+HOW_SURE = (
+    f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within {TIME_BAND:.0%} on"
+    " the H200 and the H100 that these figures were checked on"
+)
 # What the allocator reserves for a byte of live activations, by its rounding and fragments. In
 # tests/golden 1.11 to 1.21 where the decode takes most, whole or in tiles (but 0.99 for one whose
 # bytes are counted too high), and 1.10 where a step does, SD 1.5's at 3840x2224. Encoding never

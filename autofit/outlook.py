@@ -8,7 +8,7 @@ from typing import Any
 
 from autofit import gpus, report
 from autofit.dryrun import DryRun
-from autofit.forecast import PEAK_BAND, TIME_BAND, Forecast, Forecaster
+from autofit.forecast import HOW_SURE, Forecast, Forecaster
 from autofit.goals import Goal, fidelity_named, too_little, workload_for
 from autofit.plain import SCHEMA, plain
 from autofit.spec import BadInput, Device, Fidelity, Phase, Pipeline, Workload
@@ -128,8 +128,7 @@ def lines(outlook: Outlook, forecast: Forecast) -> str:
          f" {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}",
          f"{report.share_text(forecast.limit_s, predicted.image_s)}, run eagerly: what graphs and"
          " compiling gain is not predicted"),
-        ("predicted", f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within"
-         f" {TIME_BAND:.0%} on the H200 and the H100 that these figures were checked on"),
+        ("predicted", HOW_SURE),
         ("on", f"{device.name}, {format_bytes(device.total_bytes)}"),
     ]  # fmt: skip
     return report.fact_lines(rows)

@@ -102,13 +102,12 @@ class _Journal(JournalFileBackend):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
-        begin = path.read_bytes()[: len(HEAD)]
-        if not HEAD.startswith(begin):
-            raise ValueError(f"it begins with {begin!r}")
-        _drop_cut_line(path)
-        whole = path.read_bytes().rpartition(b"\n")[0]  # another process may be writing the last
-        for line in whole.splitlines():
+        data = path.read_bytes()
+        if not HEAD.startswith(data[: len(HEAD)]):
+            raise ValueError(f"it begins with {data[: len(HEAD)]!r}")
+        for line in data[: data.rfind(b"\n") + 1].splitlines():
             json.loads(line)  # Optuna says nothing of the last one until it reads another
+        _drop_cut_line(path)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         try:

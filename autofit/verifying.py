@@ -11,7 +11,7 @@ from typing import Any
 from autofit import architectures, gpus, probe, report, session, store, trust
 from autofit.dryrun import DryRun
 from autofit.dryrun.quiet import others_quiet
-from autofit.forecast import PEAK_BAND, TIME_BAND, Forecaster
+from autofit.forecast import HOW_SURE, TIME_BAND, Forecaster
 from autofit.match import Match, environment, match, unlike_description
 from autofit.plain import plain
 from autofit.probe import device_named
@@ -126,8 +126,7 @@ def _lines(trusted: Trusted, predicted: Prediction, card: Device) -> str:
         ("match", str(trusted.match)),
         ("peak", f"about {format_bytes(predicted.peak_bytes)} of {format_bytes(card.total_bytes)}"),
         ("time", f"about {format_seconds(predicted.image_s)} a generation, {least} to {most}"),
-        ("predicted", f"by dry run, not measured: the peak within {PEAK_BAND:.0%}, the time within"
-         f" {TIME_BAND:.0%} on the H200 and the H100 that these figures were checked on"),
+        ("predicted", HOW_SURE),
         ("on", f"{card.name}, {format_bytes(card.total_bytes)}"),
     ]  # fmt: skip
     return report.fact_lines(rows)

@@ -35,8 +35,8 @@ from autofit.trial.run import TRIAL_STEPS, Request, measure
 
 START_S = 900.0  # to import, build or load the pipe and probe the device
 # A trial without an answer for so many times as long as any took before is taken for hung; never in
-# less than HANG_S. Of the trials in tests/golden none took a minute, compiling
-# included. Of the first trial nothing is known; large models take minutes on a CPU.
+# less than HANG_S. Of the trials in tests/golden none took a minute, compiling included. Of the
+# first trial nothing is known; large models take minutes on a CPU.
 SLOWER, HANG_S = 10.0, 180.0
 FIRST_S = {"cuda": 300.0, "cpu": 900.0}
 OUT_OF_HOST = "the system may have ended it because the host's memory ran out: try --host-ram"
