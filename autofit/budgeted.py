@@ -144,7 +144,7 @@ def references(task: Task) -> Iterator[Plan]:
     first: the pipe as it is, if at all possible. Only those that it takes to tell are predicted."""
     limit_s = REFERENCE_SLOWER * _fastest_s(task)
     for _, alike in groupby(sorted(task.plans, key=_strangeness), key=_strangeness):
-        image_s, plan = min(((_predicted_s(p, task), p) for p in alike), key=lambda row: row[0])
+        image_s, plan = min(((predicted_s(p, task), p) for p in alike), key=lambda row: row[0])
         if image_s <= limit_s and image_s < math.inf:
             yield plan
 
@@ -153,13 +153,13 @@ def _fastest_s(task: Task) -> float:
     """Seconds an image of the fastest way to cast, place and decode, with all that goes with it:
     anything else is hardly faster. Infinite where none of these ways should fit."""
     ways = [p for p in task.plans if _way(p) == p.techniques]
-    best = min(ways, key=lambda p: _predicted_s(p, task), default=None)
+    best = min(ways, key=lambda p: predicted_s(p, task), default=None)
     alike = (p for p in task.plans if best and _way(p) == best.techniques)
-    return min((_predicted_s(p, task) for p in alike), default=math.inf)
+    return min((predicted_s(p, task) for p in alike), default=math.inf)
 
 
-def _predicted_s(plan: Plan, task: Task) -> float:
-    """Seconds an image; infinite where the plan should not fit."""
+def predicted_s(plan: Plan, task: Task) -> float:
+    """Seconds an image before any trial; infinite where the plan should not fit."""
     facts = task.pipeline, task.device, task.workload
     completed = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
     if completed is None:

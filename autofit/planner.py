@@ -171,13 +171,7 @@ def _begun(
 ) -> tuple[Task, host_budget.RuledOut, Trials, Callable[..., Found]]:
     """What is searched for, and what the host's memory rules out; who measures it, and the search
     itself, its study opened."""
-    pipeline, device = measurer.subject.pipeline, goal.hosted(measurer.subject.device)
-    _check_room(measurer.subject, goal.budget_bytes)
-    workload = workload_for(pipeline, goal, defaults)
-    legal = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
-    plans, unhosted = host_budget.divided(legal, pipeline, device)
-    task = Task(plans, pipeline, device, workload, goal.budget_bytes, effort.images)
-    task = replace(task, basis=foresee(task))
+    task, unhosted = task_for(measurer.subject, goal, effort.images, defaults, foresee)
     name = _study_name(task, goal)
     image = after.image if after else studies.image(name, fresh=effort.fresh)
     trials = Trials(measurer, task, image)
@@ -192,6 +186,27 @@ def _begun(
         known=after.attempts if after else (),
     )
     return task, unhosted, trials, searched
+
+
+def task_for(
+    subject: Subject,
+    goal: Goal,
+    images: int = Effort.images,
+    defaults: str | None = None,
+    foresee: Foresee = lambda _: {},
+) -> tuple[Task, host_budget.RuledOut]:
+    """What is searched for, and what the host's memory rules out.
+
+    Raises:
+        NothingFits: others hold so much of the card that the budget is not to be had.
+    """
+    pipeline, device = subject.pipeline, goal.hosted(subject.device)
+    _check_room(subject, goal.budget_bytes)
+    workload = workload_for(pipeline, goal, defaults)
+    legal = legal_plans(pipeline, device, workload, fidelity_named(goal.fidelity))
+    plans, unhosted = host_budget.divided(legal, pipeline, device)
+    task = Task(plans, pipeline, device, workload, goal.budget_bytes, images)
+    return replace(task, basis=foresee(task)), unhosted
 
 
 def _opened(profile: Profile, task: Task) -> list[Plan]:

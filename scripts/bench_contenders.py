@@ -36,7 +36,7 @@ from autofit.units import GIB, MIB, parse_pixels
 SLACKS_BYTES = (GIB // 4, GIB, 2 * GIB)
 # Over how many images autofit spreads the time to set up: as the CLI does; or, where blocks may be
 # compiled, as one who makes many.
-IMAGES = {"exact": 20, "numeric": 1000}
+IMAGES = {"exact": 20, "numeric": 1000, "lossy": 20}
 OFFLOAD_TILE_PX = 512  # under model offload the VAE decodes alone: a tile is all that it holds
 UNET_UNITS = [
     f"{part}.{inside}"
@@ -243,6 +243,7 @@ CONTENDERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "floor": resident,
     "autofit": lambda pipe, run: autofit_within(pipe, run, "exact"),
     "autofit-numeric": lambda pipe, run: autofit_within(pipe, run, "numeric"),
+    "autofit-lossy": lambda pipe, run: autofit_within(pipe, run, "lossy"),
     "diffusers-resident": resident,
     "diffusers-vae-slicing": vae_slicing,
     "diffusers-model-offload": model_offload,

@@ -41,7 +41,8 @@ ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 FLOOR = "floor"
-ON_CPU = ("autofit", "autofit-numeric", "diffusers-model-offload", "diffusers-resident")
+ON_CPU = ("autofit", "autofit-numeric", "autofit-lossy", "diffusers-model-offload",
+          "diffusers-resident")  # fmt: skip
 CONTENDERS = (*ON_CPU, "diffusers-vae-slicing", "diffusers-group-leaf", "diffusers-group-block",
               "flextensor", "mmgp", "diffusers-mm")  # fmt: skip
 TRIES = {"flextensor": 3, "mmgp": 3}  # they are told bytes: fewer, where they went over

@@ -157,8 +157,15 @@ def made(pipe: Any, case: Case, call: Call, number: int, torch: Any, device: str
         "error": error,
         "allocated_bytes": torch.cuda.memory_allocated() if on_gpu else None,
         "reserved_bytes": torch.cuda.memory_reserved() if on_gpu else None,
+        "device_bytes": device_bytes(torch) if on_gpu else None,
         "host_bytes": host_bytes(),
     }
+
+
+def device_bytes(torch: Any) -> int:
+    """Taken of the card, by whomever: what graphs take of the driver is in no allocator's count."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return int(total_bytes - free_bytes)
 
 
 def host_bytes() -> int:
@@ -179,7 +186,7 @@ def summed(case: Case, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     later = lines[2 * len(case.calls) :]
     growth = {
         key: later[-1][key] - later[0][key] if later and later[0][key] is not None else 0
-        for key in ("allocated_bytes", "reserved_bytes", "host_bytes")
+        for key in ("allocated_bytes", "reserved_bytes", "device_bytes", "host_bytes")
     }
     drift = {}
     for call in case.calls:

@@ -1,10 +1,13 @@
 """Plan the published cases on this machine's GPU and record every trial, a JSON line a case.
 
     python scripts/record_trials.py --out DIR [--only sdxl-1024x1024-8GiB,...] [--limit 120]
+        [--sample 40]
 
 The cases of one model share a worker process, which builds the model once; each has a time limit,
 and the lines are written as they come. Budgets below the card are emulated by capping the
-allocator. `make_profiles.py` turns the lines into `profiles/` and the golden trials of the tests.
+allocator. `--sample` tries as many legal plans at random after the search, half of them of those
+that should come near the best: what it passed over. `make_profiles.py` turns the lines into
+`profiles/` and the golden trials of the tests.
 """
 
 from __future__ import annotations
@@ -12,20 +15,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from autofit import report, session
+from autofit.budgeted import Trials, predicted_s
 from autofit.foresight import Foresight
 from autofit.goals import Goal
-from autofit.planner import Effort, Listener, Planned, find_plan
-from autofit.search import Progress
-from autofit.spec import AutofitError, Measurement, NothingFits
+from autofit.planner import Effort, Listener, Planned, find_plan, task_for
+from autofit.sampler import PlanSampler
+from autofit.search import GIVE_UP, Progress
+from autofit.spec import Attempt, AutofitError, Measurement, NothingFits, Outcome, Plan
 from autofit.trial import Measurer
 from autofit.units import parse_pixels
+
+NEAR = 1.3  # times the best prediction: what is drawn from more often than by its number
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
     parser.add_argument("--only", default="", help="names of cases, in the order to run them")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of search a case")
+    parser.add_argument("--sample", type=int, default=0, help="plans tried at random, a case")
     parser.add_argument("--device", default=session.default_device())
     options = parser.parse_args()
     known = {case.name: case for case in CASES + TINY}
@@ -76,10 +86,14 @@ def main() -> None:
             foresight = run_dry(first, options.device)  # beside the building, as ``plan`` does
             with session.measuring(model, options.device) as measurer:
                 for case in (first, *others):
-                    line, _ = record(
+                    foresight = foresight or run_dry(case, options.device)
+                    line, planned = record(
                         case, measurer, options.device, options.limit, foresight=foresight
                     )
                     append(line, out)
+                    if planned and options.sample:
+                        seen = sampled(planned, measurer, case.goal, foresight, options.sample)
+                        append(with_sample(line, seen), out)
                     foresight = None
 
 
@@ -116,9 +130,9 @@ def record(
         "error": None,
         "smallest_bytes": None,
     }
-    told, foresee = Listener(print, show), foresight.basis
+    listener, foresee = Listener(print, told), foresight.basis
     try:
-        planned = find_plan(measurer, goal, effort, listener=told, foresee=foresee, after=after)
+        planned = find_plan(measurer, goal, effort, listener=listener, foresee=foresee, after=after)
     except AutofitError as error:
         print(error, flush=True)
         smallest_bytes = error.smallest_bytes if isinstance(error, NothingFits) else None
@@ -137,16 +151,50 @@ def record(
     return line | {"found": found, "plan_s": time.monotonic() - start}, planned
 
 
-def show(event: Progress) -> None:
-    outcome = event.outcome
+def sampled(
+    planned: Planned, measurer: Measurer, goal: Goal, foresight: Foresight, count: int
+) -> list[Attempt]:
+    """Trials of plans that the search did not try, drawn at random but the same each time."""
+    task, _ = task_for(measurer.subject, goal, foresee=foresight.basis)
+    sampler = PlanSampler(task)
+    for attempt in planned.attempts:
+        sampler.inform(attempt)
+    untried = [plan for plan in task.plans if sampler.number(plan) not in sampler.tried]
+    predicted = {plan: predicted_s(plan, task) for plan in untried}
+    near_s = NEAR * min(predicted.values(), default=math.inf)
+    near = [plan for plan in untried if predicted[plan] <= near_s]
+    far = [plan for plan in untried if near_s < predicted[plan] < math.inf]
+    draw = random.Random(0)
+    drawn = draw.sample(near, min(count // 2, len(near)))
+    drawn += draw.sample(far, min(count - len(drawn), len(far)))
+    print(f"{len(near)} of {len(untried)} untried plans are near, {len(far)} are not", flush=True)
+    trials = Trials(measurer, task, planned.image)
+    give_up_s, attempts = planned.profile.measured.image_s * GIVE_UP, []
+    for plan in map(sampler.completed, drawn):
+        attempts.append(Attempt(plan, trials.short(plan, give_up_s)))
+        show(plan, attempts[-1].outcome)
+    return attempts
+
+
+def with_sample(line: dict[str, Any], sample: list[Attempt]) -> dict[str, Any]:
+    """A case's line with further trials: the last line of a case counts."""
+    found = line["found"]
+    trials = [*found["trials"], *report.trials_json(sample)]
+    return line | {"found": found | {"trials": trials}, "sampled": len(sample)}
+
+
+def told(event: Progress) -> None:
+    if event.outcome is not None:
+        show(event.plan, event.outcome, f"{event.elapsed_s:6.1f} ")
+
+
+def show(plan: Plan, outcome: Outcome, when: str = "") -> None:
     if isinstance(outcome, Measurement):
         took = f"{outcome.image_s:.3f} s {outcome.peak_bytes / 2**30:.2f} GiB"
-        print(
-            f"{event.elapsed_s:6.1f} {took} w {outcome.warmup_s:.1f} {event.plan.label}", flush=True
-        )
-    elif outcome is not None:
+        print(f"{when}{took} w {outcome.warmup_s:.1f} {plan.label}", flush=True)
+    else:
         reason = f"{outcome.why.value} {outcome.detail[:120]}"
-        print(f"{event.elapsed_s:6.1f} {event.plan.label}: {reason}", flush=True)
+        print(f"{when}{plan.label}: {reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from autofit.techniques.execution import (
 
 # Each costs three forwards and memory. Inputs that vary more than this run eagerly: to drop the
 # oldest graph would mean a capture at every call where a constant differs from step to step.
-MAX_GRAPHS = 4
+MAX_GRAPHS = 8
 _log = logging.getLogger(__name__)
 
 
