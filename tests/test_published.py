@@ -13,15 +13,17 @@ import pytest
 from test_points import dry, record
 
 from autofit import gpus
-from autofit.forecast import Forecaster
+from autofit.forecast import CHECKED_ON, PUBLISHED_BAND, Forecaster, time_band
 from autofit.spec import Phase, Plan, Workload
 from autofit.techniques import KINDS
 from autofit.techniques.placement import Resident
 
 PUBLISHED = Path(__file__).parent / "golden" / "published.toml"
-# How far off: in the median, nine in ten, and the worst, which ran on slow hosts. And of the cards'
-# order within a workload, each at its fastest; of fewer cards it says nothing.
-MEDIAN, MOST, WORST, RANKS, LEAST_RANKED = 0.15, 0.3, 2.1, 0.85, 4
+# How far off, in the median and the worst, which ran on slow hosts; nine in ten are within what
+# users are told. And of the cards' order within a workload, each at its fastest; of fewer cards
+# than LEAST_RANKED it says nothing.
+MEDIAN, WORST, RANKS, LEAST_RANKED = 0.15, 2.1, 0.85, 4
+OTHER_CARDS = 13  # as users are told
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,17 @@ def points() -> Iterator[Point]:
 def test_cards_that_nobody_measured_here_are_about_as_fast_as_published() -> None:
     found = list(points())
     assert len(found) >= 40
-    assert len({point.card for point in found}) >= 14
+    cards = {gpus.device_for(point.card) for point in found}
+    others = [card for card in cards if not any(name in card.name for name in CHECKED_ON)]
+    assert len(others) == OTHER_CARDS
+    assert all(time_band(card) == PUBLISHED_BAND for card in others)
     errors = sorted(abs(point.ratio - 1) for point in found)
     factors = [math.exp(abs(math.log(point.ratio))) for point in found]
     most = errors[-(-9 * len(errors) // 10) - 1]
     median, worst = statistics.median(errors), max(factors)
     print(f"median {median:.0%}, nine in ten {most:.0%}, worst {worst:.2f}")
     assert median <= MEDIAN
-    assert most <= MOST
+    assert most <= PUBLISHED_BAND
     assert worst <= WORST
     for work in {point.work for point in found}:
         fastest: dict[str, Point] = {}
