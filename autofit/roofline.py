@@ -11,17 +11,29 @@ from dataclasses import dataclass
 
 from autofit.spec import Device
 
-# Shares of the matrix rate that Device holds, fitted to an H200's trials (tests/golden) and to the
-# seconds of tests/test_roofline.py: products at the rate itself, convolutions without their layout
-# copies, attention by cuDNN. Other cards are taken to have the same shares.
-CONVOLUTION_SHARE, ATTENTION_SHARE = 0.2, 0.63
-# Heads too wide for cuDNN and flash take a general kernel. A head fills whole tiles: 40 costs 64.
-FUSED_HEAD, WIDE_SHARE, HEAD_TILE = 256, 0.22, 64
-# cuDNN convolves float32 in TF32 unless told otherwise, from Ampere on: as fast as float16 there.
-TF32_CAPABILITY = (8, 0)
+# Convolutions, and attention of heads too wide for cuDNN and flash, reach a share of the products'
+# rate, and at most so many operations a clock of an SM: all that a GeForce's tensor cores do, 512,
+# but half of a V100's and a third of an A100's. Hopper has kernels of its own. Fitted to trials of
+# an H200 and an H100 (tests/golden), and to what others published (tests/golden/published.toml).
+GENERAL_SHARE, GENERAL_CLOCK, HOPPER_GENERAL_CLOCK = 0.9, 520, 1200
+# Attention's exponentials take their turn with its products, on units that do 16 a clock of an SM,
+# each for two products of a head (Shah et al., FlashAttention-3, arXiv 2407.08608). A head fills
+# whole tiles of the products: 40 costs 64. Before Ampere neither flash nor cuDNN has a kernel.
+FUSED_HEAD, HEAD_TILE, EXPONENTIALS_CLOCK, EFFICIENT_SHARE = 256, 64, 16, 0.35
+AMPERE, HOPPER, LATER_GEFORCE = (8, 0), (9, 0), (12, 0)
+# cuDNN convolves float32 in TF32 unless told otherwise, from Ampere on: half as fast as float16.
+TF32_SHARE = 0.5
+# Of 2 operations a clock and core an H200 reached so much in float32 products. With the cores of an
+# SM (CUDA programming guide, arithmetic instructions) this tells a device's clocks.
+FLOAT32_SHARE, FLOAT32_CORES, FEWER_CORES = 0.765, 128, 64
+WITH_FEWER_CORES = ((7, 0), (7, 2), (7, 5), (8, 0))
 # Of the bandwidth that a copy of 256 MiB reaches, what a model's kernels and layout copies do.
 BANDWIDTH_SHARE = 0.62
 KERNEL_S = 5e-6  # the least that one kernel takes on a GPU
+# Group norm takes the moments of a group in one block of 512 threads, and each waits 0.3 us for an
+# element (aten/.../cuda/group_norm_kernel.cu). An image has 32 groups: on an H100 that is a third
+# of a decode of one image, 0.096 s where four images of as many pixels together take 0.068.
+ROW_ELEMENTS_S = 1.6e9
 # What ``Device.launch_s`` is for: a module called, its checks and hooks, and its kernel.
 MODULES = frozenset({
     "mm", "addmm", "bmm", "baddbmm", "convolution", "native_layer_norm", "native_group_norm",
@@ -35,7 +47,7 @@ BARE_SHARE = 0.15
 # Part of a convolution's call: cuDNN's copies, and the bias.
 WITHIN = frozenset({"layout", "add_"})
 # What cuBLAS works in, by torch's own rule: taken at the first product, and kept.
-BLAS_BYTES, HOPPER_BLAS_BYTES, HOPPER = 8_519_680, 33_554_432, (9, 0)
+BLAS_BYTES, HOPPER_BLAS_BYTES = 8_519_680, 33_554_432
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Operation:
     moved_bytes: int  # read plus written
     count: int
     head_size: int = 0  # of attention
+    row_size: int = 0  # of group norm: elements that one block of threads reads
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ def blas_bytes(device: Device) -> int:
     """Workspace of matrix products, of the allocator's, in every phase."""
     if device.kind != "cuda":
         return 0
-    return HOPPER_BLAS_BYTES if (device.capability or (0, 0)) >= HOPPER else BLAS_BYTES
+    return HOPPER_BLAS_BYTES if _since(HOPPER, device) else BLAS_BYTES
 
 
 def seconds(facts: PhaseFacts, device: Device, hooks_s: float = 0.0) -> float:
@@ -116,6 +129,8 @@ def operation_s(operation: Operation, device: Device) -> float:
     """Seconds that one of these operations keeps the device busy."""
     moving_s = operation.moved_bytes / (BANDWIDTH_SHARE * device.memory_bytes_s)
     least_s = KERNEL_S if device.kind == "cuda" else 0.0
+    if device.kind == "cuda":
+        moving_s += operation.row_size / ROW_ELEMENTS_S
     return max(operation.flops / rate(operation, device), moving_s, least_s)
 
 
@@ -124,13 +139,42 @@ def rate(operation: Operation, device: Device) -> float:
     slowest = min(device.flops_s.values())
     plain = device.flops_s.get(operation.dtype, slowest)
     if operation.name == "attention":
-        wide = operation.head_size > FUSED_HEAD
-        return plain * (WIDE_SHARE if wide else ATTENTION_SHARE * _filled(operation.head_size))
+        return _attention_rate(operation.head_size, plain, device)
     if operation.name == "convolution":
-        if operation.dtype == "float32" and (device.capability or (0, 0)) >= TF32_CAPABILITY:
-            plain = device.flops_s.get("float16", plain)
-        return plain * CONVOLUTION_SHARE
+        if operation.dtype == "float32" and _since(AMPERE, device):
+            plain = max(plain, TF32_SHARE * device.flops_s.get("float16", plain))
+        return _general_rate(plain, device)
     return plain
+
+
+def _attention_rate(head_size: int, plain: float, device: Device) -> float:
+    if head_size > FUSED_HEAD:
+        return _general_rate(plain, device)
+    products = plain * _filled(head_size)
+    if device.kind != "cuda":
+        return products
+    if not _since(AMPERE, device):
+        return EFFICIENT_SHARE * products
+    exponentials_s = 1 / (EXPONENTIALS_CLOCK * _clocks_s(device))
+    return 1 / (1 / products + exponentials_s / (4 * head_size))
+
+
+def _general_rate(plain: float, device: Device) -> float:
+    if device.kind != "cuda":
+        return GENERAL_SHARE * plain
+    is_hopper = _since(HOPPER, device) and not _since(LATER_GEFORCE, device)
+    clock = HOPPER_GENERAL_CLOCK if is_hopper else GENERAL_CLOCK
+    return min(GENERAL_SHARE * plain, clock * _clocks_s(device))
+
+
+def _since(capability: tuple[int, int], device: Device) -> bool:
+    return (device.capability or (0, 0)) >= capability
+
+
+def _clocks_s(device: Device) -> float:
+    """Clocks a second, of all SMs together."""
+    cores = FEWER_CORES if device.capability in WITH_FEWER_CORES else FLOAT32_CORES
+    return device.flops_s["float32"] / (2 * FLOAT32_SHARE * cores)
 
 
 def _filled(head_size: int) -> float:

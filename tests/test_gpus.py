@@ -22,7 +22,7 @@ ROWS = [family | card for family in families() for card in family["cards"]]
 FAMILY_KEYS = {"capability", "pcie", "fp32", "fp16", "threads", "desktop", "source", "cards"}
 CARD_KEYS = {
     "slug", "name", "gib", "gb_s", "sms", "mhz", "tensor_mhz", "lanes", "ecc", "fp16",
-    "fp16_tflops", "fp32_tflops",
+    "fp16_tflops", "fp32_tflops", "sustained_mhz",
 }  # fmt: skip
 STATED = [(r["slug"], d) for r in ROWS for d in ("fp16", "fp32") if f"{d}_tflops" in r]
 # Their vendor states no clock for the tensor cores, which power holds below the boost clock.

@@ -16,7 +16,7 @@ from conftest import Pipes
 from test_cli import Ended, autofit
 
 from autofit import probe, session, store, verifying
-from autofit.forecast import TIME_BAND
+from autofit.forecast import PUBLISHED_BAND
 from autofit.match import environment
 from autofit.plain import plain
 from autofit.spec import (
@@ -250,8 +250,8 @@ class TestPredicted:
             {"technique": "resident"},
         ]
         image_s, (least_s, most_s) = found["predicted"]["image_s"], found["image_s_band"]
-        assert least_s == pytest.approx(image_s * (1 - TIME_BAND))
-        assert most_s == pytest.approx(image_s * (1 + TIME_BAND))
+        assert least_s == pytest.approx(image_s * (1 - PUBLISHED_BAND))
+        assert most_s == pytest.approx(image_s * (1 + PUBLISHED_BAND))
         assert 0 < least_s < image_s < most_s
         assert set(found["predicted"]["phase_s"]) == set(Phase)
         assert 0 < found["predicted"]["peak_bytes"] < found["on"]["total_bytes"]

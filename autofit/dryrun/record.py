@@ -38,6 +38,7 @@ class Key:
     flops: int
     moved_bytes: int
     head_size: int = 0
+    row_size: int = 0
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Section:
     def facts(self, held_bytes: int) -> PhaseFacts:
         """Sum up, with what is live besides."""
         operations = (
-            Operation(k.name, k.dtype, k.flops, k.moved_bytes, count, k.head_size)
+            Operation(k.name, k.dtype, k.flops, k.moved_bytes, count, k.head_size, k.row_size)
             for k, count in self.counts.items()
         )
         return PhaseFacts(
@@ -94,7 +95,8 @@ class Recorder(HostTracker):
         dtype = _dtype((*inputs, *outputs))
         count_flops = flop_registry.get(packet)
         flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
-        self.add(Key(packet.__name__, dtype, int(flops), read + written))
+        row_size = _row_size(*args) if packet is aten.native_group_norm else 0
+        self.add(Key(packet.__name__, dtype, int(flops), read + written, row_size=row_size))
         if packet is aten.convolution:
             # cuDNN computes in channels-last: it copies what it reads, and what it has written; of
             # several images less, by what it works in and by its time (tests/golden/points.jsonl).
@@ -181,6 +183,13 @@ class Fused(TorchFunctionMode):
     ) -> None:
         there = [t for t in tensors if t is not None]
         self.recorder.add(Key(name, _dtype(there), flops, moved_bytes(there), head_size))
+
+
+def _row_size(
+    _: Any, weight: Any, bias: Any, images: int, channels: int, pixels: int, groups: int, *__: Any
+) -> int:
+    """Elements of one group of an image, which group norm takes the moments of."""
+    return int(channels * pixels // groups)
 
 
 def moved_bytes(tensors: Iterable[torch.Tensor]) -> int:

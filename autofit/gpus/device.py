@@ -1,8 +1,9 @@
-"""A card of the table -> Device: the vendor's figures, times what an H200 reached of its own.
+"""A card of the table -> Device: the vendor's figures, times what is reached of them.
 
 The shares below were measured on one H200 (torch 2.11, CUDA 13.0; the probes are beside the trials
-in tests/golden/trials) and are applied to every card; no other card was measured. A laptop that
-gives its card less power than it can take is slower than its row, and a slot with fewer lanes too.
+in tests/golden/trials), but for half precision's, which others' measurements tell too. They are
+applied to every card. A laptop that gives its card less power than it can take is slower than its
+row, and a slot with fewer lanes too.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from autofit.gpus.table import Gpu, find
+from autofit.roofline import FLOAT32_SHARE
 from autofit.spec import HEAD_SIZES, Device, Kernel
 from autofit.units import GIB
 
-SOURCE = "GPU table: vendor's figures, times what an H200 reached of its own; not measured here"
+SOURCE = "GPU table: vendor's figures, times what is reached of such; not measured here"
 
-# Measured over stated, by dtype: products of 4096x4096 at 0.70 to 0.71, 0.71 to 0.74 of 989 TFLOP/s
-# and 51.2 of 66.9 TFLOP/s.
-MATRIX_SHARE = {"float16": 0.71, "bfloat16": 0.73, "float32": 0.765}
+# Of products of 4096x4096 an H200 reached 51.2 of 66.9 TFLOP/s in float32, and 0.70 to 0.74 of 989
+# in half precision, 4096 operations a clock of an SM. Others had 0.81 to 0.87 of an A100's 2048
+# (MAMF of https://github.com/stas00/ml-engineering) and 0.88 to 0.96 of an L20's 512 (hgemm of
+# https://github.com/DefTruth/CUDA-Learn-Notes).
+FED_CLOCK = 10_500
 MEMORY_SHARE = 0.86  # copies on the device, read plus written: 4.08 to 4.18 of 4.8 TB/s
 PINNED_SHARE = 0.88  # 55.3 to 55.5 of PCIe 5.0 x16's 63.0 GB/s
 # The host's own copy into a page-locked buffer is the limit, not the bus: 6.5 to 8.4 GB/s measured.
@@ -96,7 +100,16 @@ def _flops_s(gpu: Gpu) -> dict[str, float]:
         "bfloat16": gpu.bf16_flops_s,
         "float32": gpu.fp32_flops_s,
     }
-    return {d: MATRIX_SHARE[d] * rate for d, rate in stated.items() if rate is not None}
+    shares = {"float32": FLOAT32_SHARE} | dict.fromkeys(HALF, _half_share(gpu))
+    held = gpu.sustained_hz / gpu.boost_hz
+    return {d: held * shares[d] * rate for d, rate in stated.items() if rate is not None}
+
+
+def _half_share(gpu: Gpu) -> float:
+    """Of the tensor cores' rate: the more they do in a clock, the less of it can be fed."""
+    if gpu.fp16_flops_s is None:
+        return 1.0
+    return 1 / (1 + gpu.fp16_flops_s / (gpu.sms * gpu.tensor_hz) / FED_CLOCK)
 
 
 def _kernels(capability: tuple[int, int]) -> Iterator[Kernel]:

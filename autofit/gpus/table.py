@@ -34,6 +34,7 @@ class Gpu:
     sms: int
     boost_hz: float
     tensor_hz: float
+    sustained_hz: float  # under products, by its power
     threads: int  # resident, of one SM
     pcie: int
     lanes: int
@@ -87,6 +88,7 @@ def _gpu(row: dict[str, Any]) -> Gpu:
         sms=row["sms"],
         boost_hz=row["mhz"] * 1e6,
         tensor_hz=row.get("tensor_mhz", row["mhz"]) * 1e6,
+        sustained_hz=row.get("sustained_mhz", row["mhz"]) * 1e6,
         threads=row["threads"],
         pcie=row["pcie"],
         lanes=row.get("lanes", 16),
