@@ -21,7 +21,8 @@ HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)  # of attention, that kernels
 LAUNCH_S = 4.5e-5
 # What a measurement depends on besides the card: of the versions that ``Device`` holds, these.
 SOFTWARE = (
-    "torch", "cuda", "cudnn", "diffusers", "transformers", "accelerate", "xformers", "driver",
+    "torch", "cuda", "cudnn", "diffusers", "transformers", "accelerate", "xformers",
+    "sageattention", "driver",
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ class Phase(StrEnum):
 class Kernel:
     """One attention kernel that was run on the device and answered."""
 
-    name: str  # cudnn, flash, efficient, math, xformers
+    name: str  # cudnn, flash, efficient, math, xformers, sage
     dtype: str
     head_size: int
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,3 +253,25 @@ class TestDevice:
     def test_that_is_not_there(self, name: str, message: str) -> None:
         with pytest.raises(BadInput, match=message):
             probe.probe_device(name)
+
+
+def test_sage_answers_for_the_heads_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 asserts what it takes, and writes into the keys."""
+
+    def sageattn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str) -> Any:
+        assert q.shape[-1] in (64, 96, 128)
+        assert tensor_layout == "NHD"
+        k -= k.mean(dim=1, keepdim=True)
+        return q
+
+    monkeypatch.setitem(sys.modules, "sageattention", None)
+    assert probe_of_device._sage_attempt() is None
+    package = SimpleNamespace(sageattn=sageattn)
+    monkeypatch.setitem(sys.modules, "sageattention", package)
+    attempt = probe_of_device._sage_attempt()
+    assert attempt is not None
+    query = torch.ones(1, 64, 2, 64)
+    assert torch.equal(attempt(query), torch.ones(1, 64, 2, 64))
+    cpu = torch.device("cpu")
+    answers = [probe_of_device._works(attempt, cpu, torch.float16, s) for s in (40, 64, 160)]
+    assert answers == [False, True, False]

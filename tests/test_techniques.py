@@ -138,7 +138,7 @@ def test_settings_that_contradict_each_other_are_bad_input(settings: dict[str, A
 def test_clashes(
     first: Technique, placement: Placement, clashes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "_no_compiler", lambda device: None)
+    monkeypatch.setattr(execution, "no_compiler", lambda device: None)
     reason = techniques.why_not(Plan((first, placement)), FACTS, samples.device(), WORKLOAD)
     assert (reason is not None) == clashes
     if reason is not None:

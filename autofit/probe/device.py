@@ -24,7 +24,9 @@ from autofit.probe.launch import launch_s
 from autofit.spec import HEAD_SIZES, BadInput, Device, Kernel
 from autofit.units import MIB
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "xformers", "autofit")
+PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "xformers", "sageattention", "autofit",
+)  # fmt: skip
 SDPA_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -183,8 +185,9 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _answering(device: torch.device) -> Iterator[Kernel]:
     """Run every kernel once for each dtype and head size: an import that works proves nothing."""
     attempts = {name: _sdpa_attempt(backend) for name, backend in SDPA_KERNELS.items()}
-    if device.type == "cuda" and (xformers := _xformers_attempt()) is not None:
-        attempts["xformers"] = xformers
+    if device.type == "cuda":
+        others = {"xformers": _xformers_attempt(), "sage": _sage_attempt()}
+        attempts |= {name: attempt for name, attempt in others.items() if attempt is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SDPA warns why a kernel refused; here that is the answer
         for name, attempt in attempts.items():
@@ -203,8 +206,8 @@ def _works(
     query = torch.randn(1, 64, 2, size, device=device).to(dtype)  # batch, tokens, heads, head size
     try:
         return bool(attempt(query).isfinite().all())
-    except (RuntimeError, NotImplementedError, ValueError):
-        return False  # "No available kernel", "not implemented for", "head size must be"
+    except Exception:  # other people's kernels: "No available kernel", a bare assert, no compiler
+        return False
 
 
 def _sdpa_attempt(backend: SDPBackend) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -222,3 +225,16 @@ def _xformers_attempt() -> Callable[[torch.Tensor], torch.Tensor] | None:
     except (ImportError, OSError, RuntimeError):
         return None  # not installed, or its binaries are for another torch
     return lambda query: torch.as_tensor(ops.memory_efficient_attention(query, query, query))
+
+
+def _sage_attempt() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    try:
+        from sageattention import sageattn
+    except (ImportError, OSError, RuntimeError):
+        return None  # not installed, or without the triton that it needs
+
+    def attempt(query: torch.Tensor) -> torch.Tensor:
+        key = query.clone()  # version 1 writes into it
+        return torch.as_tensor(sageattn(query, key, query, tensor_layout="NHD"))
+
+    return attempt

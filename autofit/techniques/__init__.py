@@ -19,6 +19,7 @@ from autofit.techniques.guidance import GUIDANCES
 from autofit.techniques.memory_format import FORMATS
 from autofit.techniques.placement import PLACEMENTS
 from autofit.techniques.precision import PRECISIONS
+from autofit.techniques.redirected import REDIRECTED
 from autofit.techniques.streamed import STREAMED
 
 # In the order of the slots.
@@ -30,6 +31,7 @@ CANDIDATES: tuple[Technique, ...] = (
     *EXECUTIONS,
     *CUDA_GRAPHS,
     *ATTENTIONS,
+    *REDIRECTED,
     *GUIDANCES,
     *PLACEMENTS,
     *GROUP_OFFLOADS,

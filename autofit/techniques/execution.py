@@ -200,26 +200,17 @@ class RegionalCompile(Technique):
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         if not pipeline.repeated_blocks:
             return f"{pipeline.denoiser.cls} names no repeated blocks"
-        return _no_compiler(device)
+        return no_compiler(device)
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         return {Phase.STEP: Effect(seconds=0.72, activations=0.9)}
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
-        import torch._dynamo.config
-
         denoiser: Any = anatomy.denoiser(pipe)
         with ExitStack() as stack:
             stack.enter_context(_tensor_attributes_held(denoiser))
-            # Compiled code stays with the blocks' classes, where the next plan would meet it: torch
-            # guards neither the preferred attention kernel nor hooks on layers, and where sizes or
-            # dtypes change it compiles other code than ``apply`` will. There is no public reset of
-            # a part; what the caller compiled is compiled anew when next called, which costs time
-            # and changes no result.
-            stack.callback(torch.compiler.reset)
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
-            stack.enter_context(_COMPILED.kept())
+            stack.enter_context(compiling())
             for module in denoiser.modules():
                 if type(module).__name__ in denoiser._repeated_blocks:
                     forward = torch.compile(module.forward, fullgraph=True, mode=self.mode)
@@ -227,6 +218,24 @@ class RegionalCompile(Technique):
                     forward.opens = self.mode in (None, "default")  # type: ignore[attr-defined]
                     stack.enter_context(anatomy.attribute(module, "forward", forward))
             yield
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """What torch compiles meanwhile is kept on disk, and forgotten by the process on exit.
+
+    Compiled code stays with classes and functions, where the next plan would meet it: torch guards
+    neither the preferred attention kernel nor hooks on layers, and where sizes or dtypes change it
+    compiles other code than ``apply`` will. There is no public reset of a part; what the caller
+    compiled is compiled anew when next called, which costs time and changes no result.
+    """
+    import torch._dynamo.config
+
+    with ExitStack() as stack:
+        stack.callback(torch.compiler.reset)
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
+        stack.enter_context(_COMPILED.kept())
+        yield
 
 
 class _Compiled:
@@ -313,7 +322,7 @@ def _tensor_attributes_held(module: nn.Module) -> Iterator[None]:
             vars(tensor).update(attributes)
 
 
-def _no_compiler(device: Device) -> str | None:
+def no_compiler(device: Device) -> str | None:
     if device.kind == "cpu":
         compilers: tuple[str, ...] = (os.environ.get("CXX", "g++"),)
     elif importlib.util.find_spec("triton") is None:
