@@ -370,6 +370,33 @@ class TestReference:
             assert said is not None
             assert said.startswith(f"its latents are {bar_db - 0.1} dB (PSNR) from those of ")
 
+    @pytest.mark.parametrize(
+        ("of", "dtype", "bar_db"),
+        [
+            ("float16", "float16", 45.0),
+            ("float32", "float32", 45.0),
+            ("float32", "float16", 25.0),
+            ("bfloat16", "bfloat16", 25.0),  # rounds more coarsely than the bar
+            (None, "float16", 25.0),
+            (None, None, 25.0),
+        ],
+    )
+    def test_numeric_plans_of_one_dtype_come_nearer(
+        self, of: str | None, dtype: str | None, bar_db: float, tmp_path: Path
+    ) -> None:
+        sliced = Plan((KINDS["sliced_vae"](), *RESIDENT.techniques))
+        tiled = Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
+        Reference.of(self.IMAGE, 4, RESIDENT, dtype=of).save(tmp_path / "image.npz")
+        known = Reference.load(tmp_path / "image.npz")
+        assert known is not None
+        for plan, latents_psnr_db in ((sliced, None), (sliced, bar_db), (tiled, bar_db)):
+            assert known.refusal(bar_db, latents_psnr_db, plan, dtype) is None
+        said = known.refusal(bar_db - 0.1, None, sliced, dtype)
+        assert said is not None
+        assert said.endswith(f"numeric plans come within {bar_db:g} dB")
+        assert known.refusal(99.0, bar_db - 0.1, tiled, dtype) is not None
+        assert known.refusal(15.0, None, tiled, dtype) is None
+
     def test_an_image_of_another_size_is_refused(self) -> None:
         lossy = Reference.of(
             self.IMAGE, 4, Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))

@@ -101,7 +101,7 @@ def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) 
         name=name,
         cls=type(module).__name__,
         role=anatomy.role(name),
-        dtype=_dtype(module),
+        dtype=dtype_of(module),
         weight_bytes=_bytes(module.modules()),
         largest_leaf_bytes=max(_bytes([m]) for m in module.modules()),
         blocks=tuple(BlockList(p, len(s), max(s), sum(s)) for p, s in lists.items()),
@@ -152,7 +152,8 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() or id(tensor)
 
 
-def _dtype(module: nn.Module) -> str:
+def dtype_of(module: nn.Module) -> str:
+    """That of most of its weights."""
     sizes: Counter[str] = Counter()
     for _, _, tensor in anatomy.tensors(module):
         if tensor.is_floating_point():

@@ -264,14 +264,15 @@ class _Trial:
             detail = "what is not torch's grew beyond what was set aside for it"
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (np.asarray(shown.images) * 255).round().astype(np.uint8)
+        dtype, latents = probe.dtype_of(anatomy.denoiser(self.pipe)), shown.latents
         if request.output is not None:
-            self.reference = Reference.of(image, shown.steps, request.plan, shown.latents)
+            self.reference = Reference.of(image, shown.steps, request.plan, latents, dtype)
             self.reference.save(request.output)
         psnr_db = latents_psnr_db = None
         if self.reference is not None:
             psnr_db = self.reference.psnr_db(image)
-            latents_psnr_db = self.reference.latents_psnr_db(shown.latents)
-            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan):
+            latents_psnr_db = self.reference.latents_psnr_db(latents)
+            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan, dtype):
                 return Failure(Why.BAD_OUTPUT, refusal)
         return Measurement(
             image_s=image_s,
