@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from autofit import anatomy, pinning, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
 from autofit.trial.cap import Outside, capped, check_trial_room
 from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
-from autofit.trial.reference import Reference
+from autofit.trial.reference import Array, Reference
+from autofit.trial.seams import seam_psnr_db
 
 PROMPT = "a lighthouse on a rocky coast at dusk, waves, photograph"
 SEED = 0
@@ -154,7 +155,13 @@ class _Run:
     meter: Meter
     seconds: float
     images: Any
-    latents: Any  # that these were decoded from
+    decoded: list[torch.Tensor]  # the latents that these were decoded from, decode by decode
+
+    @property
+    def latents(self) -> Array | None:
+        """All of them in a row, float32."""
+        rows = [latents.float().numpy().ravel() for latents in self.decoded]
+        return np.concatenate(rows) if rows else None
 
 
 class _Trial:
@@ -163,12 +170,22 @@ class _Trial:
         self.device = outside.device
         self.meters: list[Meter] = []
         self.reference: Reference | None = None
+        self.decoded: list[torch.Tensor] = []  # of the latest whole generation
 
     @property
     def phase(self) -> Phase | None:
         return self.meters[-1].phase if self.meters else None
 
     def run(self) -> Outcome:
+        outcome, request = self._outcome(), self.request
+        if not (request.full and isinstance(outcome, Measurement)):
+            return outcome
+        latents = next(iter(self.decoded), None)
+        release(self.device)  # what the plan held
+        seam_db = seam_psnr_db(self.pipe, request.plan, latents, self.device, request.cap_bytes)
+        return replace(outcome, seam_psnr_db=seam_db)
+
+    def _outcome(self) -> Outcome:
         self.reference = Reference.load(self.request.reference)
         if self.device.type == "cpu":
             self._track()
@@ -205,6 +222,7 @@ class _Trial:
         runs = [self._generate(self.request.workload.steps) for _ in range(2)]
         runs_s = tuple(run.seconds for run in runs)
         run = runs[-1]
+        self.decoded = run.decoded
         if unusable := _unusable(run.images):
             return unusable
         image_s = statistics.mean(runs_s)
@@ -290,6 +308,7 @@ class _Trial:
             latents_psnr_db=latents_psnr_db,
             reference=self.reference.plan if self.reference else None,
             starved=sum(m.starved for m in self.meters),
+            fallbacks=request.plan.fallbacks(self.pipe),
         )
 
     def _phase_peaks(self) -> dict[str, int]:
