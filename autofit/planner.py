@@ -180,7 +180,7 @@ def _begun(
     task = replace(task, basis=foresee(task))
     name = _study_name(task, goal)
     image = after.image if after else studies.image(name, fresh=effort.fresh)
-    trials = Trials(measurer, task, image)
+    trials = Trials(measurer, task, image, effort.timeout_s)
     searched = partial(
         search,
         task,

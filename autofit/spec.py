@@ -192,6 +192,7 @@ class Pipeline:
     vae_upcasts: bool = False  # its configuration asks for float32 when the VAE is float16
     vae_channels: int = 128  # of the decoder at full resolution
     adapters: tuple[str, ...] = ()  # names of those that are loaded
+    takes_frames: bool = False  # its call asks how many
 
     def __hash__(self) -> int:
         """Of what a precision changes, and the fingerprint: facts are looked up plan by plan."""

@@ -25,9 +25,7 @@ NUMERIC = [
 ]
 
 
-def outcomes(
-    pipe: Any, device: str, workload: Workload, folder: Path
-) -> dict[Technique, Outcome]:
+def outcomes(pipe: Any, device: str, workload: Workload, folder: Path) -> dict[Technique, Outcome]:
     """What the trial of each comes to that is legal."""
     measurer, image = InProcess(pipe, device), folder / "reference.npz"
     facts = measurer.subject.pipeline, measurer.subject.device, workload

@@ -614,14 +614,23 @@ class TestWorker:
         assert process.poll() is not None
 
     @pytest.mark.parametrize(
-        ("slowest_s", "full", "limit_s"),
-        [(0.0, False, 900.0), (2.0, False, 180.0), (30.0, False, 300.0), (30.0, True, 3000.0)],
+        ("slowest_s", "full", "left_s", "limit_s"),
+        [
+            (0.0, False, None, 900.0),
+            (2.0, False, None, 180.0),
+            (30.0, False, None, 300.0),
+            (30.0, True, None, 3000.0),
+            (0.0, False, 60.0, 240.0),  # the search would have ended
+            (0.0, False, 3000.0, 900.0),
+            (2.0, False, 0.0, 180.0),
+        ],
     )
     def test_waits_many_times_as_long_as_any_trial_took(
         self,
         worker: Worker,
         slowest_s: float,
         full: bool,
+        left_s: float | None,
         limit_s: float,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -637,7 +646,7 @@ class TestWorker:
         monkeypatch.setattr(worker, "_life", None)
         monkeypatch.setattr(worker, "_receive", hung)
         monkeypatch.setattr(worker, "_slowest_s", slowest_s)
-        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full)
+        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full, left_s=left_s)
         outcome = worker.measure(request)
         assert waited == [limit_s]
         assert outcome == Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")

@@ -62,6 +62,7 @@ def facts(pipe: Any) -> Pipeline:
         vae_upcasts=anatomy.upcasts(pipe),
         vae_channels=_vae_channels(vae),
         adapters=_adapters(pipe),
+        takes_frames="num_frames" in call,
     )
 
 

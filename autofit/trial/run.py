@@ -41,7 +41,8 @@ class Request:
     are for what is not torch's, as earlier trials saw it: libraries load lazily, so a fresh process
     does not show it yet. ``give_up_s``: stop as soon as the whole image is sure to take longer.
     ``full``: the whole number of steps, twice. ``needed_bytes``: what the card must have for it,
-    where that is known to be less than the cap.
+    where that is known to be less than the cap. ``left_s``: of the time to search, where the trial
+    is part of one.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Request:
     output: Path | None = None  # where the image goes, to be another trial's reference
     reference: Path | None = None  # what to compare with: ``output`` of another trial
     needed_bytes: int | None = None
+    left_s: float | None = None
 
 
 class _CannotWin(Exception):
