@@ -30,7 +30,7 @@ from autofit.architectures import names
 from autofit.gpus import gpus
 from autofit.spec import SOFTWARE
 from autofit.techniques import KINDS
-from autofit.trial.run import PROMPT
+from autofit.trial.generation import PROMPT
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
