@@ -9,7 +9,7 @@ import torch
 from conftest import Pipes
 from snapshots import differences, snapshot
 
-from autofit.architectures import build
+from autofit.architectures import build, load
 from autofit.spec import Measurement, Plan, Workload
 from autofit.techniques import KINDS
 from autofit.techniques.decode import TiledVae
@@ -99,3 +99,18 @@ def test_what_cannot_be_compared_costs_the_plan_nothing(
     outcome = InProcess(pipe, "cpu").measure(Request(TILED, LARGE, None, full=True))
     assert isinstance(outcome, Measurement)
     assert outcome.seam_psnr_db is None
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_of_a_published_model_within_its_budget() -> None:
+    """SDXL's VAE decodes in float32."""
+    pipe, cap_bytes = load("sdxl", dtype="float16"), 9 * 2**30
+    plan = Plan((TiledVae(512, 0.125), KINDS["streamed"](2 * 2**30)))
+    asked = Request(plan, Workload(1024, 1024, 2, passes=2), cap_bytes, full=True)
+    outcome = InProcess(pipe, "cuda:0").measure(asked)
+    assert isinstance(outcome, Measurement)
+    assert outcome.seam_psnr_db is not None
+    assert 10 < outcome.seam_psnr_db < 100
+    assert torch.cuda.max_memory_reserved() <= cap_bytes
+    assert torch.cuda.memory_allocated() < 2**30
