@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
@@ -33,9 +34,13 @@ REFERENCE_SLOWER = 10.0  # a reference predicted this much slower than the faste
 class Trials:
     """The measurer as the search sees it: capped, compared with a reference, mindful of growth."""
 
-    def __init__(self, measurer: Measurer, task: Task, image: Path) -> None:
-        """``image`` is the file of the study's reference, kept from run to run."""
+    def __init__(
+        self, measurer: Measurer, task: Task, image: Path, search_s: float = math.inf
+    ) -> None:
+        """``image`` is the file of the study's reference, kept from run to run. ``search_s``: how
+        long will be searched, from now on."""
         self.measurer, self.task, self.image = measurer, task, image
+        self._until = time.monotonic() + search_s
         self._set_aside_bytes = 0
         self._began = False
         self.first = [*islice(references(task), 1)]
@@ -43,21 +48,22 @@ class Trials:
     def short(self, plan: Plan, give_up_s: float | None) -> Outcome:
         """One trial. The first that succeeds is the reference that the others are compared with;
         other processes of this machine wait for its image."""
+        left_s = max(0.0, self._until - time.monotonic())
         if not self.image.exists():
             with FileLock(self.image.with_suffix(".lock")):
                 if not self.image.exists():
-                    return self._without_image(plan)
-        return self._measure(plan, give_up_s=give_up_s, reference=self.image)
+                    return self._without_image(plan, left_s)
+        return self._measure(plan, give_up_s=give_up_s, reference=self.image, left_s=left_s)
 
-    def _without_image(self, plan: Plan) -> Outcome:
+    def _without_image(self, plan: Plan, left_s: float) -> Outcome:
         """A trial whose image is kept. Where another machine of the study has measured the
         reference, that is run here first, for its image alone."""
         began, self._began = self._began, True
         if not began and self.first and not same_but_weights(plan, self.first[0]):
             self._make_image()
             if self.image.exists():
-                return self._measure(plan, reference=self.image)
-        return self._measure(plan, output=self.image)
+                return self._measure(plan, reference=self.image, left_s=left_s)
+        return self._measure(plan, output=self.image, left_s=left_s)
 
     def _make_image(self) -> None:
         task = self.task

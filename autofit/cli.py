@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autofit import shelf, units
+from autofit import __version__, shelf, units
 from autofit.spec import AutofitError, BadInput
 
 INTERRUPTED = 130  # exit code
@@ -31,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(shelf.app, name="profiles")
 
@@ -53,6 +54,21 @@ Storage = Annotated[
     typer.Option(help="Share a study: a database's URL, or FILE.journal. The user's own if none."),
 ]
 HostRam = Annotated[str | None, typer.Option(help="Host memory at most, as 16GB.")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"autofit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say which it is."),
+    ] = False,
+) -> None: ...
 
 
 @app.command()

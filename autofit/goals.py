@@ -12,6 +12,7 @@ from autofit.spec import BadInput, Device, Fidelity, NothingFits, Pipeline, Work
 from autofit.units import format_bytes, parse_size
 
 SUGGESTION = 1.02  # on the smallest peak, so that what we suggest works: above cost.MARGIN
+MOST_PX = 16384 * 16384  # an image: a dry run of a larger one takes minutes, and none is known
 MOST = 100_000  # images a call, steps, frames: beyond it a prompt's list alone fills the memory
 
 
@@ -39,6 +40,11 @@ class Goal:
         fidelity_named(self.fidelity)
         if self.size is not None and not _is_pair(self.size):
             raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
+        if self.size is not None and self.size[0] * self.size[1] > MOST_PX:
+            size = "x".join(map(str, self.size))
+            raise BadInput(
+                f"size {size}: more pixels than 16384x16384; write for example 1024x1024"
+            )
         for name in ("batch", "steps", "frames"):
             _check_count(name, getattr(self, name))
 
@@ -61,7 +67,7 @@ def workload_for(pipeline: Pipeline, goal: Goal, defaults: str | None = None) ->
     """The workload that is asked for, checked against what the pipe can make.
 
     Raises:
-        BadInput: a side that the VAE and the denoiser cannot divide.
+        BadInput: a side that the VAE and the denoiser cannot divide, or frames of an image.
     """
     known = next((a for a in architectures.ARCHITECTURES if a.name == defaults), None)
     own = (
@@ -75,6 +81,8 @@ def workload_for(pipeline: Pipeline, goal: Goal, defaults: str | None = None) ->
             f"size {width}x{height}: {pipeline.cls} needs multiples of {multiple} pixels;"
             f" the nearest is {near[0]}x{near[1]}"
         )
+    if goal.frames > 1 and not pipeline.takes_frames:
+        raise BadInput(f"frames {goal.frames}: {pipeline.cls} makes images; leave out --frames")
     own_steps = known.steps if known else pipeline.default_steps
     steps = own_steps if goal.steps is None else goal.steps
     return Workload(width, height, steps, goal.batch, goal.frames, pipeline.default_passes)

@@ -174,7 +174,7 @@ def _begun(
     task, unhosted = task_for(measurer.subject, goal, effort.images, defaults, foresee)
     name = _study_name(task, goal)
     image = after.image if after else studies.image(name, fresh=effort.fresh)
-    trials = Trials(measurer, task, image)
+    trials = Trials(measurer, task, image, effort.timeout_s)
     searched = partial(
         search,
         task,

@@ -111,6 +111,7 @@ def profile_lines(
     rows = [
         ("pipeline", f"{profile.pipeline}, {workload_text(profile.workload)}"),
         ("plan", *(_text(t, t.settings) for t in profile.plan.techniques)),
+        *([("fallback", *measured.fallbacks)] if measured.fallbacks else []),
         (
             "peak",
             f"{format_bytes(measured.peak_bytes)} of {format_bytes(budget_bytes)} ({share:.0%})",
@@ -118,7 +119,7 @@ def profile_lines(
         ),
         ("time", _time(measured, profile.workload), *limit),
         ("set-up", *_set_up(measured.warmup_s, pays, profile.workload)),
-        ("output", _output(profile.plan, measured)),
+        ("output", _output(profile.plan, measured), *_seams(measured)),
         ("measured", _how(measured)),
         ("on", _where(profile.on), CAPS[profile.on.cap]),
         ("versions", ", ".join(f"{k} {v}" for k, v in profile.on.versions.items()) or "unknown"),
@@ -169,6 +170,11 @@ def _output(plan: Plan, measured: Measurement) -> str:
     if math.isinf(measured.psnr_db):
         return f"{plan.fidelity.value}, the same values as {against}"
     return f"{plan.fidelity.value}, PSNR {measured.psnr_db:.1f} dB against {against}"
+
+
+def _seams(measured: Measurement) -> list[str]:
+    psnr_db = measured.seam_psnr_db
+    return [] if psnr_db is None else [f"its seams {psnr_db:.1f} dB from an untiled decode"]
 
 
 def _how(measured: Measurement) -> str:
@@ -279,6 +285,8 @@ def why_lines(why: Mapping[str, Any]) -> str:
             result = (
                 f"{format_seconds(measured['image_s'])}, {format_bytes(measured['peak_bytes'])}"
             )
+            # of an earlier autofit without the key
+            result = "; ".join([result, *measured.get("fallbacks", [])])
         else:
             result = failure["why"]
         lines.append(f"  {trial['label']}: {result}")

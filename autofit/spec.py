@@ -193,6 +193,7 @@ class Pipeline:
     vae_upcasts: bool = False  # its configuration asks for float32 when the VAE is float16
     vae_channels: int = 128  # of the decoder at full resolution
     adapters: tuple[str, ...] = ()  # names of those that are loaded
+    takes_frames: bool = False  # its call asks how many
 
     def __hash__(self) -> int:
         """Of what a precision changes, and the fingerprint: facts are looked up plan by plan."""
@@ -311,6 +312,11 @@ class Technique(ABC):
     def traits(self) -> frozenset[str]:
         """What the rows of CLASHES may name: the technique, and what its settings make it."""
         return frozenset({self.name})
+
+    def fallbacks(self, pipe: Any) -> tuple[str, ...]:
+        """What ``pipe`` had to do without since this was applied to it, and why, in a sentence
+        each. They go into profiles, which travel: they name no folder."""
+        return ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -436,6 +442,9 @@ class Plan:
         assert isinstance(placement, Placement)
         return placement
 
+    def fallbacks(self, pipe: Any) -> tuple[str, ...]:
+        return tuple(told for t in self.techniques for told in t.fallbacks(pipe))
+
     def at(self, slot: Slot) -> Technique | None:
         return next((t for t in self.techniques if t.slot is slot), None)
 
@@ -484,6 +493,8 @@ class Measurement:
     reference: str | None = None  # the plan that made the reference
     starved: int = 0  # allocations refused and done without: cuDNN takes a slower kernel then
     latents_psnr_db: float | None = None  # as ``psnr_db``, of the latents that were decoded
+    seam_psnr_db: float | None = None  # over seams of a tiled decode, against an untiled one
+    fallbacks: tuple[str, ...] = ()  # what of the plan was done without, and why
 
 
 class Why(StrEnum):

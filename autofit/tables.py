@@ -40,6 +40,8 @@ def trials_table(attempts: Sequence[Attempt], best: Plan | None, budget_bytes: i
     for number, attempt in _ranked(attempts, winner):
         result = _result(attempt, winner, budget_bytes)
         text = plan_text(attempt.plan)
+        if isinstance(attempt.outcome, Measurement):
+            result = "; ".join([*filter(None, [result]), *attempt.outcome.fallbacks])
         cells = map(Text, (str(number), text, *_figures(attempt), result))  # Text: no markup read
         table.add_row(*cells, style="bold green" if attempt is winner else None)
     return table

@@ -63,7 +63,7 @@ class EvenTiles:
         """Latents (batch, channels, height, width), or with one frame before the height."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        if z.dim() > 4 and z.shape[2] > 1:
+        if is_video(z):
             return self.found(z, *args, return_dict=return_dict, **kwargs)
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,11 @@ class EvenTiles:
     def cuts(self, z: torch.Tensor) -> tuple[Cuts, Cuts]:
         """Of the height and of the width."""
         return self.grid.cut(z.shape[-2]), self.grid.cut(z.shape[-1])
+
+
+def is_video(latents: torch.Tensor) -> bool:
+    """Of (batch, channels, frames, height, width), with more frames than one."""
+    return latents.dim() > 4 and latents.shape[2] > 1
 
 
 def decoded(
@@ -168,6 +173,9 @@ def ramps(cuts: Cuts, scale: int, device: torch.device | str = "cpu") -> torch.T
     return weights / weights.sum(0)
 
 
+Span = tuple[slice, Cuts]  # a part of one side, and how that is cut
+
+
 @dataclass(frozen=True)
 class Seams:
     """How near a tiled decode comes to the untiled one: over all, and over the seams."""
@@ -179,21 +187,24 @@ class Seams:
 def seams(
     decode: Callable[[torch.Tensor], torch.Tensor],
     latents: torch.Tensor,
-    rows: Cuts,
-    columns: Cuts,
+    vertical: Span,
+    horizontal: Span,
 ) -> Seams:
-    """Decode the four tiles in the middle of an image, and what they cover whole."""
-    down, rows = _middle(rows)
-    across, columns = _middle(columns)
+    """Decode the tiles in a part of an image, and what they cover whole."""
+    (down, rows), (across, columns) = vertical, horizontal
     part = latents[..., down, across]
     tiled, whole = decoded(decode, part, rows, columns), decode(part)
     return Seams(psnr_db(tiled, whole), seam_psnr_db(tiled, whole, rows, columns))
 
 
-def _middle(cuts: Cuts) -> tuple[slice, Cuts]:
-    """Two tiles of a side, or its only one: their span, and how that is cut."""
+def middle(rows: Cuts, columns: Cuts, most_rows: int) -> tuple[Span, Span]:
+    """The tiles in the middle of an image, of two columns and ``most_rows`` at most."""
+    return _middle(rows, most_rows), _middle(columns, 2)
+
+
+def _middle(cuts: Cuts, most: int) -> Span:
     first = max(0, len(cuts.starts) // 2 - 1)
-    starts = cuts.starts[first : first + 2]
+    starts = cuts.starts[first : first + most]
     begin, end = starts[0], starts[-1] + cuts.length
     return slice(begin, end), Cuts(end - begin, cuts.length, tuple(s - begin for s in starts))
 

@@ -151,7 +151,10 @@ def outcome_text(outcome: Outcome) -> str:
     """What came of a verifying trial, in a few words."""
     if isinstance(outcome, Measurement):
         seconds, peak = format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes)
-        return f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"
+        told = [f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"]
+        if outcome.seam_psnr_db is not None:
+            told += [f"its seams {outcome.seam_psnr_db:.1f} dB from an untiled decode"]
+        return "; ".join([*told, *outcome.fallbacks])
     phase = f" in {outcome.phase.value}" if outcome.phase else ""
     return f"verified here, it failed: {outcome.why.value}{phase}"
 

@@ -75,6 +75,19 @@ def test_a_trial_in_which_libraries_were_loaded_is_run_again_with_these_set_asid
     assert [r.set_aside_bytes for r in measurer.requests] == [0, gib(1)]
 
 
+def test_a_trial_of_the_search_is_told_how_much_of_its_time_is_left(tmp_path: Path) -> None:
+    measurer = Scripted(*[took(1.0)] * 3)
+    task = Task(PLANS, SDXL, CARD, LARGE, BUDGET)
+    Trials(measurer, task, tmp_path, 60.0).short(EXACT, None)
+    Trials(measurer, task, tmp_path, 0.0).short(EXACT, None)
+    Trials(measurer, task, tmp_path, 60.0).verify(Found((Attempt(EXACT, took(1.0)),), ()))
+    first, second, whole = (request.left_s for request in measurer.requests)
+    assert first is not None
+    assert 50 < first <= 60
+    assert second == 0
+    assert whole is None
+
+
 def test_a_trial_without_a_cap_runs_once(tmp_path: Path) -> None:
     measurer = Scripted(took(1.0, peak_bytes=2 * BUDGET))
     assert trials(measurer, tmp_path).smallest_bytes([EXACT]) == 2 * BUDGET

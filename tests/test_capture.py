@@ -298,7 +298,11 @@ def test_cuda_is_usable_after_what_cannot_be_captured(
         for _ in range(2):
             torch.testing.assert_close(_latents(resident), expected, rtol=1e-3, atol=1e-3)
         assert _usable()
+        told = CudaGraph().fallbacks(resident)
     handle.remove()
+    assert told
+    assert all(" runs eagerly, not as a CUDA graph: " in line for line in told)
+    assert not any("/" in line for line in told)
     assert [r for r in caplog.records if r.name.startswith("autofit")]
     assert _usable()
     with CudaGraph().applied(resident, "cuda:0"):

@@ -25,12 +25,12 @@ import typer
 import yaml
 from PIL import Image
 
-from autofit import cli, session, store
+from autofit import __version__, cli, session, store
 from autofit.architectures import names
 from autofit.gpus import gpus
 from autofit.spec import SOFTWARE
 from autofit.techniques import KINDS
-from autofit.trial.run import PROMPT
+from autofit.trial.generation import PROMPT
 
 ROOT = Path(__file__).parent.parent
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(cli.app))["commands"]
@@ -549,6 +549,14 @@ class TestHelp:
         assert (ended.code, ended.err) == (0, "")
         for command in COMMANDS:
             assert re.search(rf"^  {command} +\S", ended.out, re.MULTILINE)
+
+    @pytest.mark.parametrize("command", [(), ("plan",), ("profiles", "find")])
+    def test_is_asked_for_in_short(self, command: tuple[str, ...]) -> None:
+        assert autofit(*command, "-h") == autofit(*command, "--help")
+
+    def test_says_its_version(self) -> None:
+        ended = autofit("--version")
+        assert (ended.code, ended.out, ended.err) == (0, f"autofit {__version__}\n", "")
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_names_every_option_and_says_what_it_is(self, command: str) -> None:

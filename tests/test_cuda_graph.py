@@ -18,11 +18,12 @@ from torch import nn
 
 from autofit.architectures import build
 from autofit.probe.pipeline import facts
-from autofit.spec import Fidelity, Phase, Workload
-from autofit.techniques import cuda_graph
+from autofit.spec import Fidelity, Measurement, Phase, Plan, Workload
+from autofit.techniques import KINDS, cuda_graph
 from autofit.techniques.capture import NotCapturable, Weights
 from autofit.techniques.cuda_graph import MAX_GRAPHS, CudaGraph
 from autofit.techniques.guidance import TwoPasses
+from autofit.trial import InProcess, Request
 
 
 class Capturer:
@@ -172,6 +173,30 @@ def test_what_cannot_be_captured_runs_eagerly_and_is_told_once(
     assert [r.getMessage() for r in caplog.records] == [
         "Doubler runs eagerly, not as a CUDA graph: it waits for the device"
     ]
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_a_trial_says_what_could_not_be_captured(
+    placement: str, pipes: Pipes, capturer: Capturer
+) -> None:
+    """Without the folders of this machine: a profile may go to others."""
+
+    def fails() -> None:
+        raise NotCapturable("/home/me/lib/unet.py:12 waits for the device during a forward")
+
+    plan = Plan((CudaGraph(), KINDS[placement]()))
+    request = Request(plan, Workload(64, 64, 6, passes=2), None)
+    measurer = InProcess(pipes["tiny-sd"], "cpu")
+    captured = measurer.measure(request)
+    capturer.fails = fails
+    eager = measurer.measure(request)
+    assert isinstance(captured, Measurement)
+    assert isinstance(eager, Measurement)
+    assert captured.fallbacks == ()
+    assert eager.fallbacks == (
+        "UNet2DConditionModel runs eagerly, not as a CUDA graph:"
+        " unet.py:12 waits for the device during a forward",
+    )
 
 
 @torch.no_grad()

@@ -315,14 +315,19 @@ def test_tiles_of_streamed_weights_are_those_of_resident_ones(pipes: Pipes) -> N
 def test_seams_are_those_of_tiles_in_the_middle(pipe: Any) -> None:
     latents = _images(pipe, 2, 4, 40, 24)
     tile = TiledVae(64, 0.25)
-    seams = tile.seams(pipe, latents)
+    seams = tile.seams(pipe.vae, latents)
     assert seams is not None
     assert 5 < seams.seam_psnr_db < 100
     assert 5 < seams.image_psnr_db < 100
     assert pipe.vae.use_tiling is False
     with tile.applied(pipe, "cpu"):
-        assert tile.seams(pipe, latents) == seams
-    assert tile.seams(pipe, latents[..., :8, :8]) is None  # nothing is cut
+        assert tile.seams(pipe.vae, latents) == seams
+    two = tile.seams(pipe.vae, latents, 1)
+    assert two is not None
+    assert 5 < two.seam_psnr_db < 100
+    assert two != seams
+    assert tile.seams(pipe.vae, latents[..., :8, :8]) is None  # nothing is cut
+    assert tile.seams(pipe.vae, latents[..., :8], 1) is None  # in one row
 
 
 @pytest.mark.parametrize("technique", DECODES, ids=lambda t: t.label)

@@ -75,7 +75,7 @@ def test_a_disk_that_is_full_in_mid_study_costs_no_profile(tmp_path: Path) -> No
 
     done = subprocess.run(
         [sys.executable, "-m", "autofit", "plan", "tiny-sd", "--device", "cpu", "--budget", "1GB",
-         "--trials", "4", "--json"],
+         "--trials", "8", "--json"],
         cwd=ROOT, env={**os.environ, "AUTOFIT_HOME": str(tmp_path)}, preexec_fn=limited,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_in_mid_study_costs_no_profile(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     found = json.loads(done.stdout)
     assert found["profile"]["measured"]["verified"]
-    assert len(found["trials"]) == 4
+    assert len(found["trials"]) >= 4
     (journal,) = (tmp_path / "studies").glob("*.journal")
     assert journal.stat().st_size <= DISK_BYTES
     assert all(json.loads(line) for line in journal.read_text().splitlines())

@@ -160,3 +160,16 @@ def test_without_lines_no_place_is_needed(
 def test_the_published_table_is_what_the_lines_say() -> None:
     command = [sys.executable, SCRIPTS / "make_benchmarks.py", "--check"]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def test_exact_lines_have_the_bits_that_the_readme_says() -> None:
+    lines = read(SCRIPTS.parent / "benchmarks" / "results.jsonl")
+
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line[name] for name in ("model", "size", "steps", "batch"))
+
+    bits = {key(line): line["image_crc32"] for line in lines if line["contender"] == "floor"}
+    made = [line for line in lines if line["contender"] == "autofit" and line["image_s"]]
+    others = [line for line in made if line["image_crc32"] != bits[key(line)]]
+    assert [(line["model"], line["budget_bytes"]) for line in others] == [("sdxl", 8 * 2**30)]
+    assert len(made) > 8

@@ -106,6 +106,7 @@ def subject(pipes: Pipes) -> Subject:
         ({"steps": 2.5}, "steps 2.5: give a whole number"),
         ({"steps": 0}, "steps 0 is below 1"),
         ({"frames": -1}, "frames -1 is below 1"),
+        ({"size": (100_000, 100_000)}, "size 100000x100000: more pixels than 16384x16384"),
         ({"fidelity": "nice"}, "fidelity 'nice': one of exact, numeric, lossy"),
     ],
 )
@@ -147,13 +148,20 @@ def test_a_size_that_the_pipe_cannot_make(
         workload_for(probe.facts(pipes[model]), Goal("1GB", size))
 
 
+def test_frames_are_of_videos(pipes: Pipes) -> None:
+    sd, goal = probe.facts(pipes["tiny-sd"]), Goal("1GB", frames=2)
+    with pytest.raises(BadInput, match="frames 2: StableDiffusionPipeline makes images"):
+        workload_for(sd, goal)
+    assert workload_for(dataclasses.replace(sd, takes_frames=True), goal).frames == 2
+
+
 def test_what_is_not_said_is_the_model_s_own(pipes: Pipes) -> None:
     sd, flux = (probe.facts(pipes[name]) for name in ("tiny-sd", "tiny-flux"))
     assert workload_for(sd, Goal("1GB")) == Workload(64, 64, 50, passes=2)
     assert workload_for(flux, Goal("1GB")) == Workload(64, 64, 28, passes=1)
     assert workload_for(sd, Goal("1GB"), "tiny-sd") == Workload(64, 64, 4, passes=2)
-    said = Goal("1GB", (128, 64), 2, 7, 3)
-    assert workload_for(sd, said, "tiny-sd") == Workload(128, 64, 7, 2, 3, 2)
+    said, video = Goal("1GB", (128, 64), 2, 7, 3), dataclasses.replace(sd, takes_frames=True)
+    assert workload_for(video, said, "tiny-sd") == Workload(128, 64, 7, 2, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from autofit.spec import Attempt, Environment, Failure, Outcome, Phase, Plan, Wh
 from autofit.techniques import KINDS
 
 BUDGET = 4 * samples.GIB
+EAGER = "UNet runs eagerly, not as a CUDA graph: unet.py:12 waits for the device"
 OUT_OF_MEMORY = Failure(Why.OUT_OF_MEMORY, "CUDA out of memory", Phase.DECODE, 9_771_050_598)
 
 
@@ -144,6 +145,11 @@ def test_how_near_a_profile_comes_to_the_limit_is_said_where_it_is_known() -> No
             "output    lossy, the same values as the pipe as found",
         ),
         (
+            {"measured": samples.measurement(seam_psnr_db=38.25)},
+            "          its seams 38.2 dB from an untiled decode",
+        ),
+        ({"measured": samples.measurement(fallbacks=(EAGER,))}, f"fallback  {EAGER}"),
+        (
             {"measured": samples.measurement(verified=False, steps_run=3)},
             "measured  in a short trial of 3 steps; the time is extrapolated",
         ),
@@ -229,6 +235,10 @@ def test_trials_are_ranked_best_first_failures_last() -> None:
         (samples.measurement(image_s=0.969), "slower than the best by 12%"),
         (samples.measurement(image_s=0.869), "slower than the best by 0.43%"),
         (samples.measurement(image_s=0.8), "faster, but not chosen"),
+        (
+            samples.measurement(image_s=0.969, fallbacks=("eager: it waits",)),
+            "slower than the best by 12%; eager: it waits",
+        ),
         (samples.measurement(image_s=0.8, verified=False), "faster, in a short trial only"),
         (
             samples.measurement(image_s=0.5, peak_bytes=BUDGET + 2**30),
@@ -324,6 +334,15 @@ def test_trials_as_plain_data() -> None:
         "needed_bytes": 9_771_050_598,
         "step_s": None,
     }
+
+
+def test_why_tells_of_each_trial_what_it_was_done_without() -> None:
+    eager = Attempt(samples.FAST, samples.measurement(fallbacks=(EAGER,)))
+    why = report.why_json([eager, Attempt(samples.SLOW, samples.measurement())], [])
+    del why["trials"][1]["measured"]["fallbacks"]  # as an earlier autofit kept it
+    _, first, second, _ = report.why_lines(why).splitlines()
+    assert first.endswith(f" resident: 0.865 s, 3.42 GiB; {EAGER}")
+    assert second == "  model_offload: 0.865 s, 3.42 GiB"
 
 
 def test_a_peak_so_tight_that_kernels_are_slower_is_said() -> None:

@@ -104,9 +104,9 @@ def test_the_meter_keeps_the_latents_that_are_decoded_until_they_are_taken(pipes
         for value in (2.0, 3.0):  # as of a video, some frames at a time
             pipe.vae.decode(z=torch.full((1, 4, 2, 2), value, dtype=torch.bfloat16).float())
     latents = meter.taken_latents()
-    assert latents is not None
-    assert latents.tolist() == [2.0] * 16 + [3.0] * 16
-    assert meter.taken_latents() is None
+    assert [x.shape for x in latents] == [(1, 4, 2, 2)] * 2
+    assert [x.unique().item() for x in latents] == [2.0, 3.0]
+    assert meter.taken_latents() == []
 
 
 def test_a_decode_counts_without_what_the_denoiser_borrowed_of_its_memory(pipes: Pipes) -> None:
@@ -370,6 +370,33 @@ class TestReference:
             assert said is not None
             assert said.startswith(f"its latents are {bar_db - 0.1} dB (PSNR) from those of ")
 
+    @pytest.mark.parametrize(
+        ("of", "dtype", "bar_db"),
+        [
+            ("float16", "float16", 45.0),
+            ("float32", "float32", 45.0),
+            ("float32", "float16", 25.0),
+            ("bfloat16", "bfloat16", 25.0),  # rounds more coarsely than the bar
+            (None, "float16", 25.0),
+            (None, None, 25.0),
+        ],
+    )
+    def test_numeric_plans_of_one_dtype_come_nearer(
+        self, of: str | None, dtype: str | None, bar_db: float, tmp_path: Path
+    ) -> None:
+        sliced = Plan((KINDS["sliced_vae"](), *RESIDENT.techniques))
+        tiled = Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
+        Reference.of(self.IMAGE, 4, RESIDENT, dtype=of).save(tmp_path / "image.npz")
+        known = Reference.load(tmp_path / "image.npz")
+        assert known is not None
+        for plan, latents_psnr_db in ((sliced, None), (sliced, bar_db), (tiled, bar_db)):
+            assert known.refusal(bar_db, latents_psnr_db, plan, dtype) is None
+        said = known.refusal(bar_db - 0.1, None, sliced, dtype)
+        assert said is not None
+        assert said.endswith(f"numeric plans come within {bar_db:g} dB")
+        assert known.refusal(99.0, bar_db - 0.1, tiled, dtype) is not None
+        assert known.refusal(15.0, None, tiled, dtype) is None
+
     def test_an_image_of_another_size_is_refused(self) -> None:
         lossy = Reference.of(
             self.IMAGE, 4, Plan((KINDS["tiled_vae"](512, 0.125), *RESIDENT.techniques))
@@ -587,14 +614,23 @@ class TestWorker:
         assert process.poll() is not None
 
     @pytest.mark.parametrize(
-        ("slowest_s", "full", "limit_s"),
-        [(0.0, False, 900.0), (2.0, False, 180.0), (30.0, False, 300.0), (30.0, True, 3000.0)],
+        ("slowest_s", "full", "left_s", "limit_s"),
+        [
+            (0.0, False, None, 900.0),
+            (2.0, False, None, 180.0),
+            (30.0, False, None, 300.0),
+            (30.0, True, None, 3000.0),
+            (0.0, False, 60.0, 240.0),  # the search would have ended
+            (0.0, False, 3000.0, 900.0),
+            (2.0, False, 0.0, 180.0),
+        ],
     )
     def test_waits_many_times_as_long_as_any_trial_took(
         self,
         worker: Worker,
         slowest_s: float,
         full: bool,
+        left_s: float | None,
         limit_s: float,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -610,7 +646,7 @@ class TestWorker:
         monkeypatch.setattr(worker, "_life", None)
         monkeypatch.setattr(worker, "_receive", hung)
         monkeypatch.setattr(worker, "_slowest_s", slowest_s)
-        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full)
+        request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full, left_s=left_s)
         outcome = worker.measure(request)
         assert waited == [limit_s]
         assert outcome == Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")

@@ -17,7 +17,7 @@ from autofit.dryrun.ghost import Ghost, hollow
 from autofit.dryrun.memo import Front, Latents
 from autofit.dryrun.record import Fused, Recorder, Section
 from autofit.spec import BadInput, Role, Technique, Workload
-from autofit.trial.run import asked_of
+from autofit.trial.generation import asked_of
 
 
 class _AtDecode(Exception):

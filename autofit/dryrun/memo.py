@@ -25,7 +25,7 @@ PACKAGES = ("torch", "diffusers", "transformers")
 _OWN = Path(__file__).parent.parent
 _OWN_CODE = (
     "dryrun/*.py", "architectures/*.py", "techniques/*.py", "roofline.py", "spec.py", "anatomy.py",
-    "tiling.py", "probe/pipeline.py", "trial/run.py",
+    "tiling.py", "probe/pipeline.py", "trial/generation.py",
 )  # fmt: skip
 
 

@@ -1,6 +1,13 @@
 """Read facts, decide nothing: a torch device becomes a Device, a diffusers pipe a Pipeline."""
 
 from autofit.probe.device import device_named, probe_device
-from autofit.probe.pipeline import batches_guidance, facts, fingerprint
+from autofit.probe.pipeline import batches_guidance, dtype_of, facts, fingerprint
 
-__all__ = ["batches_guidance", "device_named", "facts", "fingerprint", "probe_device"]
+__all__ = [
+    "batches_guidance",
+    "device_named",
+    "dtype_of",
+    "facts",
+    "fingerprint",
+    "probe_device",
+]

@@ -62,6 +62,7 @@ def facts(pipe: Any) -> Pipeline:
         vae_upcasts=anatomy.upcasts(pipe),
         vae_channels=_vae_channels(vae),
         adapters=_adapters(pipe),
+        takes_frames="num_frames" in call,
     )
 
 
@@ -101,7 +102,7 @@ def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) 
         name=name,
         cls=type(module).__name__,
         role=anatomy.role(name),
-        dtype=_dtype(module),
+        dtype=dtype_of(module),
         weight_bytes=_bytes(module.modules()),
         largest_leaf_bytes=max(_bytes([m]) for m in module.modules()),
         blocks=tuple(BlockList(p, len(s), max(s), sum(s)) for p, s in lists.items()),
@@ -152,7 +153,8 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() or id(tensor)
 
 
-def _dtype(module: nn.Module) -> str:
+def dtype_of(module: nn.Module) -> str:
+    """That of most of its weights."""
     sizes: Counter[str] = Counter()
     for _, _, tensor in anatomy.tensors(module):
         if tensor.is_floating_point():

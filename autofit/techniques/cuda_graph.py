@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from autofit.techniques.execution import (
 # Each costs three forwards and memory. Inputs that vary more than this run eagerly: to drop the
 # oldest graph would mean a capture at every call where a constant differs from step to step.
 MAX_GRAPHS = 8
+_FOLDERS = re.compile(r"/[^\s'\"]*/")  # of a path
 _log = logging.getLogger(__name__)
 
 
@@ -42,8 +44,9 @@ class CudaGraph(Technique):
 
     A graph holds for one signature of the inputs and is captured at the first call with it. Inputs
     are copied into memory of its own and outputs out of it, so that a caller's tensors are the
-    caller's. What cannot be captured runs as it did, and is logged: a forward that waits for the
-    device, more signatures than ``MAX_GRAPHS``, weights that moved since.
+    caller's. What cannot be captured runs as it did, and is logged and told by ``fallbacks``: a
+    forward that waits for the device, more signatures than ``MAX_GRAPHS``, weights that moved
+    since.
 
     ``compiled`` captures it with its repeated blocks compiled, as ``RegionalCompile`` does.
     """
@@ -79,6 +82,10 @@ class CudaGraph(Technique):
         """In tests/golden the set-up of SDXL took 1.58 s with a graph, 1.30 s without."""
         return 0.3 + (RegionalCompile.setup_s if self.compiled else 0.0)
 
+    def fallbacks(self, pipe: Any) -> tuple[str, ...]:
+        graphs = getattr(anatomy.denoiser(pipe).forward, "graphs", None)
+        return () if graphs is None else tuple(_FOLDERS.sub("", told) for told in graphs.told)
+
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
         with ExitStack() as undo:
@@ -110,7 +117,7 @@ class _Graphs:
         self._made: dict[Hashable, _Graph | None] = {}  # None: cannot be captured
         self._places: _Places | None = None  # of the weights, when the first was captured
         self._moved = False
-        self._told: set[str] = set()
+        self.told: dict[str, None] = {}  # why it did not run as a graph, in order
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_plain():
@@ -165,10 +172,10 @@ class _Graphs:
         return graph
 
     def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            name = type(self._denoiser).__name__
-            _log.warning("%s runs eagerly, not as a CUDA graph: %s", name, reason)
+        text = f"{type(self._denoiser).__name__} runs eagerly, not as a CUDA graph: {reason}"
+        if text not in self.told:
+            self.told[text] = None
+            _log.warning("%s", text)
 
 
 class _Graph:

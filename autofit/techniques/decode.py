@@ -214,19 +214,22 @@ class TiledVae(Technique):
 
         return images
 
-    def seams(self, pipe: Any, latents: torch.Tensor) -> tiling.Seams | None:
-        """How near this comes to an untiled decode, of four tiles in the middle of an image.
+    def seams(self, vae: Any, latents: torch.Tensor, rows: int = 2) -> tiling.Seams | None:
+        """How near this comes to an untiled decode, of tiles in the middle of an image: of two
+        columns, and of so many ``rows``.
 
-        ``latents`` as ``vae.decode`` takes them, on its device. Decodes the four tiles, and their
-        part of the image whole, which takes up to four times the memory of one. None where nothing
-        is cut, or where diffusers' own cuts are kept.
+        ``latents`` as ``vae.decode`` takes them, on its device. Decodes the tiles, and their part
+        of the image whole, which takes up to four times the memory of one. None where nothing is
+        cut, or where diffusers' own cuts are kept.
         """
-        vae = _vae(pipe)
         even = self._even_tiles(vae)
-        if even is None or max(latents.shape[-2:]) <= even.grid.tile:
+        if even is None or tiling.is_video(latents):
+            return None
+        cuts = tiling.middle(*even.cuts(latents), rows)
+        if all(len(side.starts) == 1 for _, side in cuts):
             return None
         with torch.no_grad(), anatomy.attribute(vae, "use_tiling", False):
-            return tiling.seams(lambda z: vae.decode(z).sample, latents[:1], *even.cuts(latents))
+            return tiling.seams(lambda z: vae.decode(z).sample, latents[:1], *cuts)
 
     def _even_tiles(self, vae: Any) -> tiling.EvenTiles | None:
         own = getattr(type(vae), "tiled_decode", None)

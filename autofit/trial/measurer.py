@@ -126,6 +126,8 @@ class Worker:
     def measure(self, request: Request) -> Outcome:
         longer = _longer(request)
         limit_s = self._limit_s(longer)
+        if request.left_s is not None:  # a first trial that hangs ends not long after the search
+            limit_s = min(limit_s, request.left_s + HANG_S)
         try:
             if self._process is None:
                 self._start()

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -188,12 +187,12 @@ class Meter:
         live_bytes = self.tracker.peak_bytes if self.tracker else 0
         return live_bytes, live_bytes
 
-    def taken_latents(self) -> np.ndarray[Any, Any] | None:
-        """All latents that were decoded, in a row, float32; None where no VAE was asked. Copied
-        only now, not while the time runs, and let go of."""
-        rows = [latents.cpu().float().numpy().ravel() for latents in self._latents]
+    def taken_latents(self) -> list[torch.Tensor]:
+        """All latents that were decoded, decode by decode, in host memory; none where no VAE was
+        asked. Copied only now, not while the time runs, and let go of."""
+        found = [latents.cpu() for latents in self._latents]
         self._latents.clear()
-        return np.concatenate(rows) if rows else None
+        return found
 
     def _refused(self) -> int:
         """How often the allocator had no memory, in this process."""

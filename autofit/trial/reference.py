@@ -18,11 +18,16 @@ from autofit.spec import AutofitError, Fidelity, Plan
 # them) and lossy ones within 40. Trained weights may differ more than random ones: the bars are far
 # below what was seen.
 BARS_DB = {Fidelity.EXACT: 45.0, Fidelity.NUMERIC: 25.0, Fidelity.LOSSY: 15.0}
-# Of the latents. Wherever both were compared these came nearer than the image: bfloat16 for float32
-# within 42 dB where images came within 36 (the tiny models and SD 1.5, on the CPU), float16 within
-# 64. Exact plans need not be equal: cuDNN takes another kernel where it is refused a workspace, or
-# is told to try all. What is lossy decodes otherwise, and leaves the latents as they were.
-LATENTS_BARS_DB = BARS_DB | {Fidelity.LOSSY: BARS_DB[Fidelity.NUMERIC]}
+# Of numeric plans that compute in one dtype. One numeric technique alone comes within 56 dB in
+# float16, and 60 in float32; bfloat16 rounds eight times as coarsely, and comes within 42 only (the
+# tiny models on the CPU, three steps). SDXL in float16 came within 59 on the cards.
+SAME_DTYPE_DB = 45.0
+COARSE = "bfloat16"
+# Latents have the same bars, but that what is lossy decodes otherwise, and leaves them as they
+# were. Wherever both were compared these came nearer than the image: bfloat16 for float32 within 42
+# dB where images came within 36 (the tiny models and SD 1.5, on the CPU), float16 within 64. Exact
+# plans need not be equal: cuDNN takes another kernel where it is refused a workspace, or is told to
+# try all.
 
 Array = np.ndarray[Any, Any]
 
@@ -38,11 +43,19 @@ class Reference:
     steps: int
     plan: str  # its label
     fidelity: Fidelity  # of that plan
+    dtype: str | None = None  # that its denoiser computed in; not in files of an earlier autofit
     latents: Array | None = None  # that were decoded, float32, in a row; none without a VAE
 
     @classmethod
-    def of(cls, image: Array, steps: int, plan: Plan, latents: Array | None = None) -> Reference:
-        return cls(image, steps, plan.label, plan.fidelity, latents)
+    def of(
+        cls,
+        image: Array,
+        steps: int,
+        plan: Plan,
+        latents: Array | None = None,
+        dtype: str | None = None,
+    ) -> Reference:
+        return cls(image, steps, plan.label, plan.fidelity, dtype, latents)
 
     @classmethod
     def load(cls, path: Path | None) -> Reference | None:
@@ -64,8 +77,9 @@ class Reference:
             known = "fidelity" in found  # not in the files of an earlier autofit
             fidelity = Fidelity(str(found["fidelity"])) if known else Fidelity.LOSSY
             latents = found.get("latents", np.empty(0))  # nor these
+            dtype = str(found.get("dtype", "")) or None
             image, steps, plan = found["image"], int(found["steps"]), str(found["plan"])
-            return cls(image, steps, plan, fidelity, latents if latents.size else None)
+            return cls(image, steps, plan, fidelity, dtype, latents if latents.size else None)
 
     def save(self, path: Path) -> None:
         """Write it whole, or leave nothing."""
@@ -78,6 +92,7 @@ class Reference:
                     steps=self.steps,
                     plan=self.plan,
                     fidelity=self.fidelity.value,
+                    dtype=self.dtype or "",
                     latents=[] if self.latents is None else self.latents,
                 )
             partial.replace(path)
@@ -95,13 +110,20 @@ class Reference:
             return None
         return _psnr_db(latents, self.latents, float(np.ptp(self.latents)))
 
-    def refusal(self, psnr_db: float, latents_psnr_db: float | None, plan: Plan) -> str | None:
+    def refusal(
+        self, psnr_db: float, latents_psnr_db: float | None, plan: Plan, dtype: str | None = None
+    ) -> str | None:
         """Why an output so far from this one is not what the plan should make; None where it may
-        be. The less faithful of the two plans decides how far that is."""
+        be. The less faithful of the two plans decides how far that is, and of numeric ones whether
+        both compute in the same ``dtype``."""
         worst = max(plan.fidelity, self.fidelity, key=lambda f: f.rank)
+        is_fine = dtype is not None and dtype == self.dtype != COARSE
+        numeric_db = SAME_DTYPE_DB if is_fine else BARS_DB[Fidelity.NUMERIC]
+        bars_db = BARS_DB | {Fidelity.NUMERIC: numeric_db}
+        latents_bars_db = bars_db | {Fidelity.LOSSY: numeric_db}
         for what, of, found_db, bar_db in (
-            ("image is", "that", psnr_db, BARS_DB[worst]),
-            ("latents are", "those", latents_psnr_db, LATENTS_BARS_DB[worst]),
+            ("image is", "that", psnr_db, bars_db[worst]),
+            ("latents are", "those", latents_psnr_db, latents_bars_db[worst]),
         ):
             if found_db is not None and found_db < bar_db:
                 return (

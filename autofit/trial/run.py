@@ -1,29 +1,27 @@
-"""One plan, applied, run and undone: a Measurement or a Failure. The only file that catches OOM."""
+"""One plan, applied, run and undone: a Measurement or a Failure. Only here OOM is a result."""
 
 from __future__ import annotations
 
 import gc
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map, tree_map_only
 
 from autofit import anatomy, pinning, probe, techniques
 from autofit.spec import Failure, Measurement, Outcome, Phase, Plan, Slot, Why, Workload
 from autofit.trial.cap import Outside, capped, check_trial_room
+from autofit.trial.generation import generate
 from autofit.trial.meter import Meter, asked_bytes, is_out_of_memory, tracked
-from autofit.trial.reference import Reference
+from autofit.trial.reference import Array, Reference
+from autofit.trial.seams import seam_psnr_db
 
-PROMPT = "a lighthouse on a rocky coast at dusk, waves, photograph"
-SEED = 0
 WARMUP_STEPS = 3  # the first is recorded or traced, the second compiles, the third is steady, timed
 # The first carries transfers; more of the later ones while they take under TRIAL_S together: steps
 # bound by launches on the CPU are noisy. Of the 28 trials of tests/golden with more than twelve
@@ -40,7 +38,8 @@ class Request:
     are for what is not torch's, as earlier trials saw it: libraries load lazily, so a fresh process
     does not show it yet. ``give_up_s``: stop as soon as the whole image is sure to take longer.
     ``full``: the whole number of steps, twice. ``needed_bytes``: what the card must have for it,
-    where that is known to be less than the cap.
+    where that is known to be less than the cap. ``left_s``: of the time to search, where the trial
+    is part of one.
     """
 
     plan: Plan
@@ -52,6 +51,7 @@ class Request:
     output: Path | None = None  # where the image goes, to be another trial's reference
     reference: Path | None = None  # what to compare with: ``output`` of another trial
     needed_bytes: int | None = None
+    left_s: float | None = None
 
 
 class _CannotWin(Exception):
@@ -88,56 +88,6 @@ def measure(pipe: Any, request: Request, outside: Outside) -> Outcome:
     return failure or outcome
 
 
-def generate(
-    pipe: Any, workload: Workload, steps: int, *, prompt: str = PROMPT, seed: int = SEED
-) -> Any:
-    """Run the pipe for a workload. Returns its images, float, (batch, height, width, 3)."""
-    seeded = [torch.Generator("cpu").manual_seed(seed + i) for i in range(workload.batch)]
-    asked = asked_of(pipe, workload, steps, prompt)
-    with _noise_of_any_dtype(pipe):
-        out = pipe(**asked, generator=seeded, output_type="np")
-    return out.images if hasattr(out, "images") else out.frames
-
-
-def asked_of(pipe: Any, workload: Workload, steps: int, prompt: str = PROMPT) -> dict[str, Any]:
-    """The arguments with which a pipe is called for a workload; noise and output are left open."""
-    asked = {
-        "prompt": [prompt] * workload.batch,
-        "width": workload.width,
-        "height": workload.height,
-        "num_inference_steps": steps,
-    }
-    known = inspect.signature(type(pipe).__call__).parameters
-    if workload.frames > 1 and "num_frames" in known:
-        asked["num_frames"] = workload.frames
-    if workload.passes == 1 and probe.batches_guidance(pipe):
-        asked["guidance_scale"] = 1.0
-    return asked
-
-
-@contextmanager
-def _noise_of_any_dtype(pipe: Any) -> Iterator[None]:
-    """Draw the initial latents in float32, whatever the pipe's dtype, and round them to it.
-
-    torch draws other numbers from the same seed in other dtypes (seen with 2.11), so that the
-    images of a half-precision plan could not be compared with the pipe's own.
-    """
-    found = pipe.prepare_latents
-
-    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
-        wide = tree_map(
-            lambda a: torch.float32 if isinstance(a, torch.dtype) else a, (args, kwargs)
-        )
-        latents = found(*wide[0], **wide[1])
-        if not given:
-            return latents
-        return tree_map_only(torch.Tensor, lambda t: t.to(given[0]), latents)
-
-    with anatomy.attribute(pipe, "prepare_latents", prepare_latents):
-        yield
-
-
 def release(device: torch.device) -> None:
     """Give back what a trial left: collected tensors, the allocator's cached blocks."""
     gc.collect()
@@ -154,7 +104,13 @@ class _Run:
     meter: Meter
     seconds: float
     images: Any
-    latents: Any  # that these were decoded from
+    decoded: list[torch.Tensor]  # the latents that these were decoded from, decode by decode
+
+    @property
+    def latents(self) -> Array | None:
+        """All of them in a row, float32."""
+        rows = [latents.float().numpy().ravel() for latents in self.decoded]
+        return np.concatenate(rows) if rows else None
 
 
 class _Trial:
@@ -163,12 +119,22 @@ class _Trial:
         self.device = outside.device
         self.meters: list[Meter] = []
         self.reference: Reference | None = None
+        self.decoded: list[torch.Tensor] = []  # of the latest whole generation
 
     @property
     def phase(self) -> Phase | None:
         return self.meters[-1].phase if self.meters else None
 
     def run(self) -> Outcome:
+        outcome, request = self._outcome(), self.request
+        if not (request.full and isinstance(outcome, Measurement)):
+            return outcome
+        latents = next(iter(self.decoded), None)
+        release(self.device)  # what the plan held
+        seam_db = seam_psnr_db(self.pipe, request.plan, latents, self.device, request.cap_bytes)
+        return replace(outcome, seam_psnr_db=seam_db)
+
+    def _outcome(self) -> Outcome:
         self.reference = Reference.load(self.request.reference)
         if self.device.type == "cpu":
             self._track()
@@ -205,6 +171,7 @@ class _Trial:
         runs = [self._generate(self.request.workload.steps) for _ in range(2)]
         runs_s = tuple(run.seconds for run in runs)
         run = runs[-1]
+        self.decoded = run.decoded
         if unusable := _unusable(run.images):
             return unusable
         image_s = statistics.mean(runs_s)
@@ -264,14 +231,15 @@ class _Trial:
             detail = "what is not torch's grew beyond what was set aside for it"
             return Failure(Why.OVER_BUDGET, detail, needed_bytes=peak_bytes)
         image = (np.asarray(shown.images) * 255).round().astype(np.uint8)
+        dtype, latents = probe.dtype_of(anatomy.denoiser(self.pipe)), shown.latents
         if request.output is not None:
-            self.reference = Reference.of(image, shown.steps, request.plan, shown.latents)
+            self.reference = Reference.of(image, shown.steps, request.plan, latents, dtype)
             self.reference.save(request.output)
         psnr_db = latents_psnr_db = None
         if self.reference is not None:
             psnr_db = self.reference.psnr_db(image)
-            latents_psnr_db = self.reference.latents_psnr_db(shown.latents)
-            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan):
+            latents_psnr_db = self.reference.latents_psnr_db(latents)
+            if refusal := self.reference.refusal(psnr_db, latents_psnr_db, request.plan, dtype):
                 return Failure(Why.BAD_OUTPUT, refusal)
         return Measurement(
             image_s=image_s,
@@ -289,6 +257,7 @@ class _Trial:
             latents_psnr_db=latents_psnr_db,
             reference=self.reference.plan if self.reference else None,
             starved=sum(m.starved for m in self.meters),
+            fallbacks=request.plan.fallbacks(self.pipe),
         )
 
     def _phase_peaks(self) -> dict[str, int]:
