@@ -65,7 +65,9 @@ def test_any_legal_plan_is_applied_used_and_undone(
             again = np.asarray(generate(pipe, WORKLOAD, 2))
         assert images.shape == (2, 64, 64, 3), plan.label
         assert np.isfinite(images).all(), plan.label
-        assert np.allclose(images, again, atol=0.02), plan.label
+        # the first may be recorded, with torch's attention in place of another kernel's
+        rough = "bfloat16" in plan.label
+        assert np.allclose(images, again, atol=0.06 if rough else 0.02), plan.label
         assert differences(before, snapshot(pipe, memory=addresses)) == [], plan.label
         assert not any(t.is_pinned() for t in weights(pipe)), plan.label
         # a library's workspace may be there that was not

@@ -14,6 +14,7 @@ from autofit.spec import Measurement, Plan, Workload
 from autofit.techniques import KINDS
 from autofit.techniques.decode import TiledVae
 from autofit.trial import InProcess, Request
+from autofit.trial.cap import Outside
 from autofit.trial.seams import seam_psnr_db
 
 RESIDENT = Plan((KINDS["resident"](),))
@@ -103,8 +104,10 @@ def test_what_cannot_be_compared_costs_the_plan_nothing(
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_of_a_published_model_within_its_budget() -> None:
+def test_of_a_published_model_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's VAE decodes in float32."""
+    # Where NVML does not see processes, what tests beside this one take would count as its own.
+    monkeypatch.setattr(Outside, "held_bytes", lambda outside: outside.least_bytes)
     pipe, cap_bytes = load("sdxl", dtype="float16"), 9 * 2**30
     plan = Plan((TiledVae(512, 0.125), KINDS["streamed"](2 * 2**30)))
     asked = Request(plan, Workload(1024, 1024, 2, passes=2), cap_bytes, full=True)
