@@ -4,7 +4,8 @@
     python scripts/make_profiles.py --check
 
 The lines come from record_trials.py, whose cases are the golden trials, and record_matrix.py; of a
-case that one card recorded more than once the last line counts. Where nothing fits, the smallest
+case that one card recorded more than once the last line counts. A line with a random sample is for
+the tests alone. Where nothing fits, the smallest
 budget that works goes to `profiles/too_small.json`. `--check` writes nothing and fails if README's
 tables are not what the profiles say.
 """
@@ -47,8 +48,9 @@ def main() -> None:
 
 
 def latest(paths: list[Path]) -> list[dict[str, Any]]:
-    """The last successful line of each case and card."""
-    found = {name(line): line for line in read(paths) if line["found"] is not None}
+    """The last successful line of each case and card, and the last with a sample."""
+    lines = [line for line in read(paths) if line["found"] is not None]
+    found = {(name(line), "sampled" in line): line for line in lines}
     return list(found.values())
 
 
@@ -86,13 +88,15 @@ def card(device: str) -> str:
 
 def write(line: dict[str, Any]) -> None:
     found = line["found"]
-    store.save(as_profile(found["profile"]), PROFILES / f"{name(line)}.yaml")
+    if "sampled" not in line:
+        store.save(as_profile(found["profile"]), PROFILES / f"{name(line)}.yaml")
     if line["case"] not in map(asdict, CASES):
         return
-    golden = {k: line[k] for k in ("case", "command")} | {
+    golden = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
         k: found[k] for k in ("profile", "trials", "pipeline", "device")
     }
-    target = GOLDEN / "trials" / f"{name(line)}.json.gz"
+    folder = GOLDEN / ("sampled" if "sampled" in line else "trials")
+    target = folder / f"{name(line)}.json.gz"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(gzip.compress(json.dumps(golden).encode(), mtime=0))
 

@@ -71,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
     parser.add_argument("--only", default="", help="names of cases, in the order to run them")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of search a case")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds of search a case, and of its sample"
+    )
     parser.add_argument("--sample", type=int, default=0, help="plans tried at random, a case")
     parser.add_argument("--device", default=session.default_device())
     options = parser.parse_args()
@@ -92,8 +94,8 @@ def main() -> None:
                     )
                     append(line, out)
                     if planned and options.sample:
-                        seen = sampled(planned, measurer, case.goal, foresight, options.sample)
-                        append(with_sample(line, seen), out)
+                        seen = sampled(planned, measurer, case.goal, foresight, options)
+                        append(with_sample(line, seen, options), out)
                     foresight = None
 
 
@@ -152,9 +154,14 @@ def record(
 
 
 def sampled(
-    planned: Planned, measurer: Measurer, goal: Goal, foresight: Foresight, count: int
+    planned: Planned,
+    measurer: Measurer,
+    goal: Goal,
+    foresight: Foresight,
+    options: argparse.Namespace,
 ) -> list[Attempt]:
-    """Trials of plans that the search did not try, drawn at random but the same each time."""
+    """Trials of plans that the search did not try, drawn at random but the same each time; fewer
+    than asked for where the limit of seconds is reached."""
     task, _ = task_for(measurer.subject, goal, foresee=foresight.basis)
     sampler = PlanSampler(task)
     for attempt in planned.attempts:
@@ -165,22 +172,32 @@ def sampled(
     near = [plan for plan in untried if predicted[plan] <= near_s]
     far = [plan for plan in untried if near_s < predicted[plan] < math.inf]
     draw = random.Random(0)
-    drawn = draw.sample(near, min(count // 2, len(near)))
-    drawn += draw.sample(far, min(count - len(drawn), len(far)))
+    drawn = draw.sample(near, min(options.sample // 2, len(near)))
+    drawn += draw.sample(far, min(options.sample - len(drawn), len(far)))
+    draw.shuffle(drawn)  # so that the limit cuts off both alike
     print(f"{len(near)} of {len(untried)} untried plans are near, {len(far)} are not", flush=True)
     trials = Trials(measurer, task, planned.image)
     give_up_s, attempts = planned.profile.measured.image_s * GIVE_UP, []
+    start = time.monotonic()
     for plan in map(sampler.completed, drawn):
+        if time.monotonic() - start > options.limit:
+            break
         attempts.append(Attempt(plan, trials.short(plan, give_up_s)))
         show(plan, attempts[-1].outcome)
     return attempts
 
 
-def with_sample(line: dict[str, Any], sample: list[Attempt]) -> dict[str, Any]:
-    """A case's line with further trials: the last line of a case counts."""
-    found = line["found"]
+def with_sample(
+    line: dict[str, Any], sample: list[Attempt], options: argparse.Namespace
+) -> dict[str, Any]:
+    """A case's line with the sample's trials behind those of the search."""
+    found, command = line["found"], f"{line['command']} --sample {options.sample}"
     trials = [*found["trials"], *report.trials_json(sample)]
-    return line | {"found": found | {"trials": trials}, "sampled": len(sample)}
+    return line | {
+        "command": command,
+        "found": found | {"trials": trials},
+        "sampled": len(sample),
+    }
 
 
 def told(event: Progress) -> None:

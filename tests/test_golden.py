@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from autofit.techniques.streamed import Streamed
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((ROOT / "tests" / "golden" / "trials").glob("*.json.gz"))
+SAMPLED = sorted((ROOT / "tests" / "golden" / "sampled").glob("*.json.gz"))
 OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Measurement | Failure)
 # What arithmetic alone, before any trial, may err by on these. Attention grows with the square of
 # the tokens, which the arithmetic leaves out: at 3840x2224 that is a factor of ten.
@@ -132,6 +134,26 @@ def test_the_search_over_recorded_trials_finds_their_best(recorded: Recorded) ->
     assert task.objective_s(again.outcome) <= (1 + NEAR) * task.objective_s(best.outcome)
     assert len(found.attempts) <= TRIALS
     assert len(set(recorded.asked)) == len(recorded.asked)
+
+
+@pytest.mark.parametrize("path", SAMPLED, ids=lambda p: p.name.removesuffix(".json.gz"))
+def test_the_search_finds_the_best_of_a_random_sample_too(path: Path) -> None:
+    """Of all legal plans, half of them near the best: what the search passed over on the card was
+    no better, nor does it pass over more where it may choose among these."""
+    recorded = Recorded(path)
+    task, sampled = recorded.task(), recorded.data["sampled"]
+    bar_s = (1 + NEAR) * least_s(recorded.attempts, task)
+    assert sampled >= 20
+    assert least_s(recorded.attempts[:-sampled], task) <= bar_s
+    found = search(task, recorded.measure)
+    assert least_s(found.attempts, task) <= bar_s
+    assert len(found.attempts) <= TRIALS
+
+
+def least_s(attempts: Sequence[Attempt], task: Task) -> float:
+    best = ranking(attempts, task)[0].outcome
+    assert isinstance(best, Measurement)
+    return task.objective_s(best)
 
 
 @pytest.mark.parametrize(("images", "compiled"), [(20, False), (1000, True)])
