@@ -28,7 +28,7 @@ def lines(script: Any, count: int, **changed: Any) -> list[dict[str, Any]]:
     for number in range(count):
         line = {"call": names[number % len(names)], "error": None, "plan": "resident",
                 "image_s": 1.0, "allocated_bytes": 5, "reserved_bytes": 9,
-                "host_bytes": 10**9}  # fmt: skip
+                "device_bytes": 10, "host_bytes": 10**9}  # fmt: skip
         of_number = {k: v(number) for k, v in changed.items()}
         found.append(line | of_number)
     return found
@@ -42,6 +42,7 @@ def lines(script: Any, count: int, **changed: Any) -> list[dict[str, Any]]:
         ({"host_bytes": lambda n: 10**9 + n * 10**6}, True),
         ({"host_bytes": lambda n: 10**9 + n * 10**7}, False),
         ({"reserved_bytes": lambda n: n * 10**7}, False),
+        ({"device_bytes": lambda n: n * 10**7}, False),
         ({"image_s": lambda n: 1.0 + n / 100}, False),
         ({"error": lambda n: "OutOfMemoryError: no" if n == 20 else None}, False),
         ({"plan": lambda n: "leaner" if n > 20 else "resident"}, False),
