@@ -14,6 +14,7 @@ from autofit.techniques.cuda_graph import CUDA_GRAPHS
 from autofit.techniques.decode import DECODES
 from autofit.techniques.execution import EXECUTIONS
 from autofit.techniques.feed_forward import FEED_FORWARDS
+from autofit.techniques.group_norm import GROUP_NORMS
 from autofit.techniques.group_offload import GROUP_OFFLOADS
 from autofit.techniques.guidance import GUIDANCES
 from autofit.techniques.memory_format import FORMATS
@@ -26,6 +27,7 @@ from autofit.techniques.streamed import STREAMED
 CANDIDATES: tuple[Technique, ...] = (
     *PRECISIONS,
     *FORMATS,
+    *GROUP_NORMS,
     *DECODES,
     *FEED_FORWARDS,
     *EXECUTIONS,
