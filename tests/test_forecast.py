@@ -125,4 +125,4 @@ def test_what_a_search_starts_from_comes_near_the_recorded_trials() -> None:
     assert min(peaks) >= -0.15
     assert max(peaks) <= 0.2
     assert min(times) >= 0.4  # compiling was hoped to gain more, on a host that was busy
-    assert max(times) <= 1.05
+    assert max(times) <= 1.08
