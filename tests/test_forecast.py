@@ -115,7 +115,7 @@ class TestBest:
             and slow.predict(plan).peak_bytes <= budget_bytes
         ]
         assert len(alike) >= 2
-        assert moved_bytes(found.plan) <= min(map(moved_bytes, alike))
+        assert moved_bytes(found.plan) < min(map(moved_bytes, alike))  # it keeps some of them
 
     def test_nothing_fits_in_less_than_the_least(self, forecaster: Forecaster) -> None:
         least_bytes = forecaster.smallest_bytes
