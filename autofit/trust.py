@@ -107,8 +107,7 @@ def smaller(ask: Ask, at_worst: Fidelity) -> Profile | None:
     found = [
         item
         for item in _alike(ask, at_worst)
-        if larger(item.entry.workload, ask.workload)
-        and item.entry.budget_bytes <= ask.budget_bytes
+        if larger(item.entry.workload, ask.workload) and item.entry.budget_bytes <= ask.budget_bytes
     ]
     found.sort(key=lambda i: (_count(i.entry.workload), i.entry.budget_bytes), reverse=True)
     return next(_profiles(found), None)
