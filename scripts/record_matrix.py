@@ -51,15 +51,17 @@ class Model:
     budgets: tuple[str, ...] = BUDGETS
 
     def columns(self) -> list[list[Case]]:
-        """The cells of each size, the largest budget first."""
-        return [[Case(self.name, b, size, self.steps) for b in self.budgets] for size in self.sizes]
+        """The cells of each size, the largest budget first. ``3840x2160@20`` takes 20 steps."""
+        split = (size.partition("@") for size in self.sizes)
+        works = [(size, int(steps or self.steps)) for size, _, steps in split]
+        return [[Case(self.name, b, size, steps) for b in self.budgets] for size, steps in works]
 
 
 MODELS = (
     Model("sdxl", 30, ("1024x1024", "1536x1024", "768x768", "3840x2160")),
-    Model("sd15", 30, ("512x512", "768x768", "1024x1024", "1536x1024", "3840x2160")),
+    Model("sd15", 50, ("512x512", "768x768", "1024x1024", "1536x1024", "3840x2160@20")),
     Model("flux-dev", 28, ("1024x1024", "1536x1024", "768x768", "512x512")),
-    Model("sd35-medium", 28, ("1024x1024", "1536x1024", "768x768", "512x512")),
+    Model("sd35-medium", 40, ("1024x1024", "1536x1024", "768x768", "512x512")),
     # It makes any other size at one of these, by its aspect ratio, and resizes the image.
     Model("pixart-sigma", 20, ("1024x1024", "1536x1024")),
 )

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from autofit.architectures import ARCHITECTURES
+
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -99,6 +101,14 @@ def test_the_size_that_most_use_comes_first(matrix: Any) -> None:
     assert [(column[0].model, column[0].size) for column in columns[:4]] == [
         ("sdxl", "1024x1024"), ("sd15", "512x512"), ("sdxl", "1536x1024"), ("sdxl", "768x768"),
     ]  # fmt: skip
+
+
+def test_steps_are_the_model_s_own_but_where_an_image_takes_a_minute(matrix: Any) -> None:
+    """What is asked for without steps is then measured for as it is asked."""
+    own = {known.name: known.steps for known in ARCHITECTURES}
+    cases = [case for model in matrix.MODELS for column in model.columns() for case in column]
+    others = {(c.model, c.size, c.steps) for c in cases if c.steps != own[c.model]}
+    assert others == {("sd15", "3840x2160", 20)}
 
 
 def test_what_was_recorded_for_longer_is_done(matrix: Any) -> None:
