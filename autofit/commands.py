@@ -48,6 +48,11 @@ def plan(
         helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
         with granted(), _watched(console, goal) as listener, closing(helpers):
+            if device is None and target == "cpu":
+                listener.stage(
+                    "no CUDA device here, so trials run on the CPU; to predict for a"
+                    " card instead, write --gpu rtx-4060"
+                )
             listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
             foresight = Foresight(model, goal, target, dtype)
             with session.measuring(model, target, dtype) as measurer:

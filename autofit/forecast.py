@@ -66,6 +66,12 @@ def time_band(device: Device) -> float:
     return TIME_BAND if is_checked else PUBLISHED_BAND
 
 
+def image_s_band(predicted: Prediction, device: Device) -> tuple[float, float]:
+    """Between what an image should take."""
+    band = time_band(device)
+    return predicted.image_s * (1 - band), predicted.image_s * (1 + band)
+
+
 def basis(
     dry: DryRun,
     pipeline: Pipeline,
@@ -163,7 +169,8 @@ class Forecaster:
     def limit_s(self, plan: Plan, budget_bytes: int) -> float:
         """Seconds an image if only what the budget cannot hold were moved: see ``limits.py``."""
         facts, phases = plan.facts(self._pipeline), self._phases(plan)
-        activation_bytes = max(f.activation_bytes for f in phases.values())
+        # No placement has to leave room in a step for what another phase needs.
+        activation_bytes = phases[Phase.STEP].activation_bytes
         limit = limits.limit(
             {p: roofline.seconds(f, self._device) for p, f in phases.items()},
             denoiser_bytes=facts.denoiser.weight_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -116,6 +117,19 @@ class TestBest:
         ]
         assert len(alike) >= 2
         assert moved_bytes(found.plan) < min(map(moved_bytes, alike))  # it keeps some of them
+
+    def test_no_step_has_to_leave_room_for_the_decode(
+        self, forecaster: Forecaster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Plans that borrow it stream less: one was said to reach 118 % of what the card can do."""
+        plan = Plan((Resident(),))
+        slow = replace(gpus.device_for("rtx-4060"), pinned_bytes_s=1e6)
+        workload = Workload(64, 64, 4)
+        one = Forecaster(dry_run("tiny-flux"), forecaster._pipeline, slow, workload)
+        before_s, phases = one.limit_s(plan, GIB), dict(one._phases(plan))
+        phases[Phase.DECODE] = replace(phases[Phase.DECODE], activation_bytes=GIB)
+        monkeypatch.setattr(one, "_phases", lambda _: phases)
+        assert one.limit_s(plan, GIB) == before_s
 
     def test_nothing_fits_in_less_than_the_least(self, forecaster: Forecaster) -> None:
         least_bytes = forecaster.smallest_bytes
