@@ -6,9 +6,8 @@
 The lines come from record_trials.py, whose cases are the golden trials, and record_matrix.py; of a
 case that one card recorded more than once the last line counts, but a golden one is never replaced
 by the matrix's, which is searched for less long. A line with a random sample is for the tests
-alone. Where nothing fits, the smallest
-budget that works goes to `profiles/too_small.json`. `--check` writes nothing and fails if README's
-tables are not what the profiles say.
+alone. Where nothing fits, the smallest budget that works goes to `profiles/too_small.json`.
+`--check` writes nothing and fails if README's tables are not what the profiles say.
 """
 
 from __future__ import annotations
