@@ -13,7 +13,7 @@ ROWS = (
     {"spec", "interrupts", "lazy"},
     {"units"},
     {"plain"},
-    {"anatomy", "host", "roofline", "tiling"},
+    {"anatomy", "fallbacks", "host", "roofline", "tiling"},
     {"pinning"},
     {"streaming"},
     {"architectures", "techniques", "cost", "probe", "gpus"},
