@@ -13,7 +13,7 @@ ROWS = (
     {"spec", "interrupts", "lazy"},
     {"units"},
     {"plain"},
-    {"anatomy", "fallbacks", "host", "roofline", "tiling"},
+    {"anatomy", "fallbacks", "files", "host", "roofline", "tiling"},
     {"pinning"},
     {"streaming"},
     {"architectures", "techniques", "cost", "probe", "gpus"},
