@@ -573,6 +573,17 @@ class TestHelp:
         assert ended.stderr == ""
         assert len(json.loads(ended.stdout)) == len(names())
 
+    def test_interrupted_while_it_is_loaded(self, tmp_path: Path) -> None:
+        (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")  # as Ctrl-C does
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        ended = subprocess.run(
+            [sys.executable, "-m", "autofit", "models"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stdout) == (130, "")
+        assert ended.stderr == "autofit: interrupted\n"
+
 
 @pytest.fixture(scope="module")
 def readme() -> str:
