@@ -598,6 +598,20 @@ def test_the_readme_shows_every_command(command: str, readme: str) -> None:
     assert f"autofit {command}" in readme
 
 
+def test_the_readme_s_promises_name_tests_and_scripts_that_are_there(readme: str) -> None:
+    _, _, after = readme.partition("## What we promise and how it is tested")
+    rows = [line for line in after.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise")]
+    assert len(promises) > 15
+    for row in promises:
+        assert len(row.split("|")) == 5, row
+        named = re.findall(r"`(test_[\w*]+\.py)`", row)
+        named += re.findall(r"scripts/\w+\.py", row)
+        assert named, row
+        for name in named:
+            assert any(ROOT.glob(name if "/" in name else f"tests/{name}")), name
+
+
 @pytest.mark.parametrize("technique", KINDS)
 def test_the_readme_names_every_technique(technique: str, readme: str) -> None:
     assert re.search(rf"\b{technique}\b", readme)
