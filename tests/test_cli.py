@@ -210,7 +210,7 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
         assert run.stderr is not None
         first = read_until(run.stderr, r"^ +1 .* resident$")[-1].partition("MiB  ")[-1].strip()
         workers = psutil.Process(run.pid).children(recursive=True)
-        assert any("autofit.trial.worker" in w.cmdline() for w in workers)
+        assert any("autofit.lifeline" in w.cmdline() for w in workers)
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=60)
     assert run.returncode == 130
