@@ -139,14 +139,16 @@ def run(
     prompt: str,
     output: Path,
     seed: int,
+    host_ram: str | None,
     device: str | None,
     dtype: str | None,
 ) -> None:
     profile = store.load(profile_path)
+    Goal(profile.budget_bytes, host_ram=host_ram)  # a size that is none is found out now
     session.check_image(output)
     device_named(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
-    with session.apply(pipe, profile=profile, device=device) as fit:
+    with session.apply(pipe, profile=profile, device=device, host_ram=host_ram) as fit:
         _console().print(f"match     {fit.match}")
         start = time.perf_counter()
         images = session.generate(pipe, profile.workload, prompt, seed)
