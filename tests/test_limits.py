@@ -14,9 +14,11 @@ from autofit.techniques import KINDS
 
 # Of the limit, what each plan reaches; None where no trial saw the denoiser compute alone.
 REACHED = {
+    "flux-dev--H100--24GiB": 0.92,
     "flux-dev--H200--24GiB": None,
     "flux-dev--H200--8GiB": 0.95,  # waits for the bus: compute need not be known
     "sd15--H100--4GiB": 0.98,
+    "sd15--H100--8GiB": 0.97,
     "sd15--H200--8GiB": 0.98,
     "sdxl--H100--12GiB": 0.95,
     "sdxl--H100--4GiB": None,

@@ -93,6 +93,7 @@ def _read(key: str, kind: type[Found]) -> Found | None:
 def _write(key: str, found: Front | PhaseFacts | Pipeline) -> None:
     path = folder() / f"{key}.json"
     with suppress(OSError):  # a folder that cannot be written costs some seconds the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(dataclasses.asdict(found)).encode())
 
 

@@ -60,6 +60,7 @@ def probe_device(device: str, *, fresh: bool = False) -> Device:
     found = _measure(target, before)
     # A folder that cannot be written costs a few seconds the next time.
     with suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
         write_whole(cache, _DEVICE.dump_json(found, indent=1))
     return found
 
