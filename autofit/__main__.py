@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = 130  # exit code
+from autofit.interrupts import INTERRUPTED
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import typer
 
 from autofit import __version__, shelf, units
+from autofit.interrupts import INTERRUPTED
 from autofit.spec import AutofitError, BadInput
 
-INTERRUPTED = 130  # exit code
 MOST_SEED = 2**63 - 1  # that torch takes, with one more for each image of a batch
 
 app = typer.Typer(

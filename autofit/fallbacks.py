@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from autofit.lazy import torch
 
 _log = logging.getLogger(__name__)
+_FOLDERS = re.compile(r"/[^\s'\"]*/")  # of a path
 
 
 class Fallbacks:
@@ -41,5 +43,6 @@ def asks_for(device_type: str) -> str | None:
 
 
 def texts_of(module: Any) -> tuple[str, ...]:
+    """What was told of a module, for a profile: those travel, and name no folder."""
     found: Fallbacks | None = getattr(module.forward, "fallbacks", None)
-    return () if found is None else found.texts
+    return () if found is None else tuple(_FOLDERS.sub("", text) for text in found.texts)

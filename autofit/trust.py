@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from autofit import cost, host_budget, places, store
+from autofit import cost, host_budget, places, report, store
 from autofit.budgeted import references, same_but_weights
 from autofit.match import (
     Level,
@@ -160,10 +160,8 @@ def outcome_text(outcome: Outcome) -> str:
     """What came of a verifying trial, in a few words."""
     if isinstance(outcome, Measurement):
         seconds, peak = format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes)
-        told = [f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"]
-        if outcome.seam_psnr_db is not None:
-            told += [f"its seams {outcome.seam_psnr_db:.1f} dB from an untiled decode"]
-        return "; ".join([*told, *outcome.fallbacks])
+        told = f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"
+        return "; ".join([told, *report.seams_text(outcome), *outcome.fallbacks])
     phase = f" in {outcome.phase.value}" if outcome.phase else ""
     return f"verified here, it failed: {outcome.why.value}{phase}"
 

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from test_golden import GOLDEN, Recorded, _outcome, _plan
+from make_profiles import attempt_of
+from test_golden import GOLDEN, Recorded
 
 from autofit import limits
 from autofit.spec import Attempt, Environment, Measurement, Plan, Profile, Technique
@@ -33,11 +34,11 @@ NOWHERE = Environment("", None, 0, "emulated", {})
 
 def profile(recorded: Recorded) -> Profile:
     data, task = recorded.data["profile"], recorded.task()
-    measured, plan, pipeline = _outcome(data), _plan(data["plan"]), task.pipeline
-    assert isinstance(measured, Measurement)
+    found, pipeline = attempt_of(data), task.pipeline
+    assert isinstance(found.outcome, Measurement)
     return Profile(
-        pipeline.cls, pipeline.fingerprint, task.workload, task.budget_bytes, plan, measured,
-        NOWHERE,
+        pipeline.cls, pipeline.fingerprint, task.workload, task.budget_bytes, found.plan,
+        found.outcome, NOWHERE,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from autofit.techniques.execution import (
 # oldest graph would mean a capture at every call where a constant differs from step to step.
 MAX_GRAPHS = 8
 MOVED = "its weights moved since the capture, and a graph has their addresses"
-_FOLDERS = re.compile(r"/[^\s'\"]*/")  # of a path
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class CudaGraph(Technique):
         return 0.3 + (RegionalCompile.setup_s if self.compiled else 0.0)
 
     def fallbacks(self, pipe: Any) -> tuple[str, ...]:
-        told = fallbacks.texts_of(anatomy.denoiser(pipe))
-        return tuple(_FOLDERS.sub("", text) for text in told)
+        return fallbacks.texts_of(anatomy.denoiser(pipe))
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
