@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import time
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
@@ -18,6 +22,7 @@ from autofit.sampler import FIRST, Task, ran_out, ranking
 from autofit.search import Found
 from autofit.spec import (
     Attempt,
+    AutofitError,
     Failure,
     Measurement,
     NothingFits,
@@ -40,6 +45,7 @@ class Trials:
         """``image`` is the file of the study's reference, kept from run to run. ``search_s``: how
         long will be searched, from now on."""
         self.measurer, self.task, self.image = measurer, task, image
+        self._image_at = image  # elsewhere if its folder has no room
         self._until = time.monotonic() + search_s
         self._set_aside_bytes = 0
         self._began = False
@@ -49,11 +55,11 @@ class Trials:
         """One trial. The first that succeeds is the reference that the others are compared with;
         other processes of this machine wait for its image."""
         left_s = max(0.0, self._until - time.monotonic())
-        if not self.image.exists():
-            with FileLock(self.image.with_suffix(".lock")):
-                if not self.image.exists():
+        if not self._image_at.exists():
+            with FileLock(self._image_at.with_suffix(".lock")):
+                if not self._image_at.exists():
                     return self._without_image(plan, left_s)
-        return self._measure(plan, give_up_s=give_up_s, reference=self.image, left_s=left_s)
+        return self._measure(plan, give_up_s=give_up_s, reference=self._image_at, left_s=left_s)
 
     def _without_image(self, plan: Plan, left_s: float) -> Outcome:
         """A trial whose image is kept. Where another machine of the study has measured the
@@ -61,9 +67,9 @@ class Trials:
         began, self._began = self._began, True
         if not began and self.first and not same_but_weights(plan, self.first[0]):
             self._make_image()
-            if self.image.exists():
-                return self._measure(plan, reference=self.image, left_s=left_s)
-        return self._measure(plan, output=self.image, left_s=left_s)
+            if self._image_at.exists():
+                return self._measure(plan, reference=self._image_at, left_s=left_s)
+        return self._imaged(plan, left_s=left_s)
 
     def _make_image(self) -> None:
         task = self.task
@@ -71,12 +77,34 @@ class Trials:
         for plan in self.first:
             reference = cost.fitted(plan, *facts, task.budget_bytes, task.basis)
             if reference is not None:
-                self._measure(reference, output=self.image)
+                self._imaged(reference)
+
+    def _imaged(self, plan: Plan, **asked: Any) -> Outcome:
+        """A trial whose image is kept: in a temporary folder, if the study's has no room for it.
+
+        Raises:
+            AutofitError: that has none either.
+        """
+        outcome = self._measure(plan, output=self._image_at, **asked)
+        if isinstance(outcome, Failure) or self._image_at.exists():
+            return outcome
+        what = "for the image that trials are compared with"
+        full = self._image_at.parent
+        if self._image_at != self.image:
+            raise AutofitError(
+                f"no room on the disk {what}, neither in {self.image.parent} nor in {full.parent}:"
+                " free some, or set AUTOFIT_HOME to a folder on another disk"
+            )
+        spare = tempfile.mkdtemp(prefix="autofit-")
+        weakref.finalize(self, shutil.rmtree, spare, ignore_errors=True)
+        self._image_at = Path(spare) / self.image.name
+        warnings.warn(f"{full} has no room {what}: it is in {spare} meanwhile", stacklevel=2)
+        return self._imaged(plan, **asked)
 
     def verify(self, found: Found) -> Attempt:
         """Measure the best in full; where it disappoints, the next ones too. The best wins. A study
         that was ended elsewhere, or whose image was damaged, has its reference run here first."""
-        if not self.image.exists():
+        if not self._image_at.exists():
             self._make_image()
         verified: list[Attempt] = []
         failures: list[Failure] = []
@@ -109,14 +137,14 @@ class Trials:
     def _whole(self, plan: Plan) -> tuple[Plan, Outcome]:
         """Measure a plan in full, and once more where it fails: in a fresh process, and where
         memory was short with fewer weights on the device, if its placement allows that."""
-        outcome = self._measure(plan, full=True, reference=self.image)
+        outcome = self._measure(plan, full=True, reference=self._image_at)
         if isinstance(outcome, Measurement):
             return plan, outcome
         self.measurer.renew()  # perhaps it failed of what earlier trials left in the process
         if ran_out(outcome):
             less_bytes = int(STEP * self.task.budget_bytes)
             plan = cost.narrowed(plan, self.task.pipeline, less_bytes) or plan
-        return plan, self._measure(plan, full=True, reference=self.image)
+        return plan, self._measure(plan, full=True, reference=self._image_at)
 
     def smallest_bytes(self, plans: Sequence[Plan]) -> int | None:
         """The least peak of these plans, measured without a cap."""

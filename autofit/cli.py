@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import typer
 
 from autofit import __version__, shelf, units
+from autofit.interrupts import INTERRUPTED
 from autofit.spec import AutofitError, BadInput
 
-INTERRUPTED = 130  # exit code
 MOST_SEED = 2**63 - 1  # that torch takes, with one more for each image of a batch
 
 app = typer.Typer(
@@ -188,6 +188,7 @@ def run(
     prompt: Annotated[str, typer.Option(help="What to make an image of.")],
     output: Annotated[Path, typer.Option(help="The PNG file to write.")],
     seed: Annotated[str, typer.Option(help="Of the initial noise.")] = "0",
+    host_ram: HostRam = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -195,7 +196,8 @@ def run(
     from autofit import commands
 
     _check_folder(output)
-    commands.run(model, profile, prompt, output, _count("seed", seed, 0, MOST_SEED), device, dtype)
+    noise = _count("seed", seed, 0, MOST_SEED)
+    commands.run(model, profile, prompt, output, noise, host_ram, device, dtype)
 
 
 @app.command()

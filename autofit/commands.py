@@ -48,6 +48,11 @@ def plan(
         helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
         with granted(), _watched(console, goal) as listener, closing(helpers):
+            if device is None and target == "cpu":
+                listener.stage(
+                    "no CUDA device here, so trials run on the CPU; to predict for a"
+                    " card instead, write --gpu rtx-4060"
+                )
             listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
             foresight = Foresight(model, goal, target, dtype)
             with session.measuring(model, target, dtype) as measurer:
@@ -134,14 +139,16 @@ def run(
     prompt: str,
     output: Path,
     seed: int,
+    host_ram: str | None,
     device: str | None,
     dtype: str | None,
 ) -> None:
     profile = store.load(profile_path)
+    Goal(profile.budget_bytes, host_ram=host_ram)  # a size that is none is found out now
     session.check_image(output)
     device_named(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
-    with session.apply(pipe, profile=profile, device=device) as fit:
+    with session.apply(pipe, profile=profile, device=device, host_ram=host_ram) as fit:
         _console().print(f"match     {fit.match}")
         start = time.perf_counter()
         images = session.generate(pipe, profile.workload, prompt, seed)

@@ -66,6 +66,12 @@ def time_band(device: Device) -> float:
     return TIME_BAND if is_checked else PUBLISHED_BAND
 
 
+def image_s_band(predicted: Prediction, device: Device) -> tuple[float, float]:
+    """Between what an image should take."""
+    band = time_band(device)
+    return predicted.image_s * (1 - band), predicted.image_s * (1 + band)
+
+
 def basis(
     dry: DryRun,
     pipeline: Pipeline,
@@ -142,24 +148,29 @@ class Forecaster:
         return Prediction(peak_bytes, image_s, phase_s, phase_bytes)
 
     def best(self, budget_bytes: int) -> Forecast | None:
-        """The fastest plan predicted to fit, open placements completed; None: nothing fits."""
-        found: list[tuple[float, int, int, Plan, Prediction]] = []
+        """The fastest plan predicted to fit, open placements completed; None: nothing fits. Of
+        those as fast as each other the most faithful, then the one that moves the least: the bus is
+        where a machine differs most from what is predicted of it."""
+        found: list[tuple[float, int, int, int, Plan, Prediction]] = []
         for opened in self.plans:
             plan = self._completed(opened, budget_bytes)
             predicted = None if plan is None else self.predict(plan)
             if plan is None or predicted is None or predicted.peak_bytes > budget_bytes:
                 continue
+            moved = plan.placement.traffic(plan.facts(self._pipeline), Phase.STEP)
+            moved_bytes = moved.pinned_bytes + moved.pageable_bytes
             rank, count = plan.fidelity.rank, len(plan.techniques)
-            found.append((predicted.image_s, rank, count, plan, predicted))
+            found.append((predicted.image_s, rank, moved_bytes, count, plan, predicted))
         if not found:
             return None
-        *_, plan, predicted = min(found, key=lambda row: row[:3])
+        *_, plan, predicted = min(found, key=lambda row: row[:4])
         return Forecast(plan, predicted, self.limit_s(plan, budget_bytes))
 
     def limit_s(self, plan: Plan, budget_bytes: int) -> float:
         """Seconds an image if only what the budget cannot hold were moved: see ``limits.py``."""
         facts, phases = plan.facts(self._pipeline), self._phases(plan)
-        activation_bytes = max(f.activation_bytes for f in phases.values())
+        # No placement has to leave room in a step for what another phase needs.
+        activation_bytes = phases[Phase.STEP].activation_bytes
         limit = limits.limit(
             {p: roofline.seconds(f, self._device) for p, f in phases.items()},
             denoiser_bytes=facts.denoiser.weight_bytes,

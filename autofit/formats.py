@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from autofit.files import write_whole
 from autofit.plain import SCHEMA, document, from_yaml, to_yaml
 from autofit.schema import document_model
 from autofit.spec import BadInput, Plan, Profile, Rung, Technique
@@ -79,19 +77,11 @@ def save_document(data: Mapping[str, Any], path: str | Path) -> None:
 
 def write(text: str, target: Path) -> None:
     """Write a file whole or not at all. Raises as ``save`` does."""
-    partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
-        with partial.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        write_whole(target, text.encode())
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error}): give another path"
         raise BadInput(f"profile {target}: {reason}") from error
-    finally:
-        with suppress(OSError):  # there when the writing failed
-            partial.unlink()
 
 
 # ---------------------------------------------------------------- reading

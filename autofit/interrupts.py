@@ -1,4 +1,4 @@
-"""Ctrl-C at a time when it does no harm."""
+"""Ctrl-C: what it ends with, and a time when it does no harm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+INTERRUPTED = 130  # exit code
 
 
 @contextmanager

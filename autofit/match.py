@@ -75,7 +75,7 @@ def match(
     why = (
         unlike(profile, pipeline)
         or larger(profile.workload, workload)
-        or _other_budget(profile, budget_bytes)
+        or other_budget(profile.measured.peak_bytes, profile.budget_bytes, budget_bytes)
         or _cannot(profile, pipeline, device, workload)
     )
     if why is not None:
@@ -167,13 +167,13 @@ def larger(measured: Workload, asked: Workload) -> str | None:
     return None
 
 
-def _other_budget(profile: Profile, budget_bytes: int) -> str | None:
+def other_budget(peak_bytes: int, planned_bytes: int, budget_bytes: int) -> str | None:
     """Below the measured peak it does not fit; above the budget planned for, another plan would be
     faster."""
-    asked, planned = format_bytes(budget_bytes), format_bytes(profile.budget_bytes)
-    if profile.measured.peak_bytes > budget_bytes:
-        return f"its peak {format_bytes(profile.measured.peak_bytes)} is above the budget {asked}"
-    if profile.budget_bytes < budget_bytes:
+    asked, planned = format_bytes(budget_bytes), format_bytes(planned_bytes)
+    if peak_bytes > budget_bytes:
+        return f"its peak {format_bytes(peak_bytes)} is above the budget {asked}"
+    if planned_bytes < budget_bytes:
         return f"it is for {planned}, and {asked} allow a faster plan"
     return None
 

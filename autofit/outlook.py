@@ -8,7 +8,7 @@ from typing import Any
 
 from autofit import gpus, report
 from autofit.dryrun import DryRun
-from autofit.forecast import HOW_SURE, Forecast, Forecaster
+from autofit.forecast import HOW_SURE, PEAK_BAND, Forecast, Forecaster, image_s_band
 from autofit.goals import Goal, fidelity_named, too_little, workload_for
 from autofit.plain import SCHEMA, plain
 from autofit.spec import BadInput, Device, Fidelity, Phase, Pipeline, Workload
@@ -76,6 +76,15 @@ def whole_card_bytes(gpu: str | None, device: Device) -> int:
     return device.total_bytes - taken_bytes
 
 
+def larger_than(device: Device, goals: Sequence[Goal]) -> str | None:
+    """Say that budgets are larger than the card, where they are."""
+    over = sorted({g.budget_bytes for g in goals if g.budget_bytes > device.total_bytes})
+    if not over:
+        return None
+    asked, has = ", ".join(map(format_bytes, over)), format_bytes(device.total_bytes)
+    return f"budget {asked} is above the {has} of {device.name}: predicted for these"
+
+
 def fitting(outlook: Outlook) -> Forecast:
     """The forecast of an outlook.
 
@@ -93,7 +102,11 @@ def document(outlook: Outlook) -> dict[str, Any]:
     forecast, device = outlook.forecast, outlook.device
     predicted = None
     if forecast is not None:
-        predicted = plain(forecast.predicted) | {"limit_s": forecast.limit_s}
+        predicted = plain(forecast.predicted) | {
+            "limit_s": forecast.limit_s,
+            "image_s_band": plain(image_s_band(forecast.predicted, device)),
+            "peak_band": PEAK_BAND,
+        }
     return {
         "schema": SCHEMA,
         "pipeline": {"cls": outlook.pipeline.cls, "fingerprint": outlook.pipeline.fingerprint},
@@ -118,14 +131,15 @@ def lines(outlook: Outlook, forecast: Forecast) -> str:
     """A fact a line: the plan, what it should need and take, and how sure that is."""
     predicted, device = forecast.predicted, outlook.device
     parts = {p: format_seconds(predicted.phase_s[p]) for p in Phase}
+    least, most = map(format_seconds, image_s_band(predicted, device))
     techniques = report.plan_text(forecast.plan).split(" + ")
     rows = [
         ("pipeline", f"{outlook.pipeline.cls}, {report.workload_text(outlook.workload)}"),
         ("plan", *techniques),
         ("peak", f"about {format_bytes(predicted.peak_bytes)} of"
          f" {format_bytes(outlook.budget_bytes)}"),
-        ("time", f"about {format_seconds(predicted.image_s)} a generation: encode"
-         f" {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}",
+        ("time", f"about {format_seconds(predicted.image_s)} a generation, {least} to {most}:"
+         f" encode {parts[Phase.ENCODE]}, step {parts[Phase.STEP]}, decode {parts[Phase.DECODE]}",
          f"{report.share_text(forecast.limit_s, predicted.image_s)}, run eagerly: what graphs and"
          " compiling gain is not predicted"),
         ("predicted", HOW_SURE),
@@ -146,7 +160,7 @@ def table(outlooks: Sequence[Outlook]) -> str:
             rows.append((size, budget, "-", "-", "-", needs))
             continue
         predicted = forecast.predicted
-        share = f"{forecast.limit_s / predicted.image_s:.0%}"
+        share = f"{min(1.0, forecast.limit_s / predicted.image_s):.0%}"
         time, peak = format_seconds(predicted.image_s), format_bytes(predicted.peak_bytes)
         rows.append((size, budget, time, share, peak, report.plan_text(forecast.plan)))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

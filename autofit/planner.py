@@ -13,6 +13,7 @@ from typing import Any
 from autofit import cost, host_budget, limits, studies, techniques
 from autofit.budgeted import Trials
 from autofit.goals import Goal, fidelity_named, too_little, workload_for
+from autofit.interrupts import INTERRUPTED
 from autofit.match import environment
 from autofit.report import workload_text
 from autofit.sampler import Task, is_fault, ranking
@@ -45,7 +46,7 @@ Foresee = Callable[[Task], cost.Basis]
 class Interrupted(AutofitError):
     """Ctrl-C during a search. What was measured is kept; ``attempts`` holds it."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
 
     def __init__(self, message: str, attempts: tuple[Attempt, ...], best: Attempt | None) -> None:
         super().__init__(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ def predict(
     whole_bytes = outlook.whole_card_bytes(gpu, card)
     budgets = [whole_bytes if b is None else b for b in asked.budgets]
     goals = [asked.goal(b, s) for s in asked.sizes for b in budgets]
+    if note := outlook.larger_than(card, goals):
+        print(f"autofit: {note}", file=sys.stderr)
     found = outlook.outlooks(model, goals, _hosted(card, goals[0], gpu), dtype)
     if asked.is_table:
         if as_json:

@@ -119,7 +119,7 @@ def profile_lines(
         ),
         ("time", _time(measured, profile.workload), *limit),
         ("set-up", *_set_up(measured.warmup_s, pays, profile.workload)),
-        ("output", _output(profile.plan, measured), *_seams(measured)),
+        ("output", _output(profile.plan, measured), *seams_text(measured)),
         ("measured", _how(measured)),
         ("on", _where(profile.on), CAPS[profile.on.cap]),
         ("versions", ", ".join(f"{k} {v}" for k, v in profile.on.versions.items()) or "unknown"),
@@ -172,7 +172,7 @@ def _output(plan: Plan, measured: Measurement) -> str:
     return f"{plan.fidelity.value}, PSNR {measured.psnr_db:.1f} dB against {against}"
 
 
-def _seams(measured: Measurement) -> list[str]:
+def seams_text(measured: Measurement) -> list[str]:
     psnr_db = measured.seam_psnr_db
     return [] if psnr_db is None else [f"its seams {psnr_db:.1f} dB from an untiled decode"]
 

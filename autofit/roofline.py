@@ -127,11 +127,11 @@ def _calls(name: str) -> float:
 
 def operation_s(operation: Operation, device: Device) -> float:
     """Seconds that one of these operations keeps the device busy."""
+    computing_s = operation.flops / rate(operation, device)
     moving_s = operation.moved_bytes / (BANDWIDTH_SHARE * device.memory_bytes_s)
-    least_s = KERNEL_S if device.kind == "cuda" else 0.0
-    if device.kind == "cuda":
-        moving_s += operation.row_size / ROW_ELEMENTS_S
-    return max(operation.flops / rate(operation, device), moving_s, least_s)
+    if device.kind != "cuda":
+        return max(computing_s, moving_s)
+    return max(computing_s, moving_s + operation.row_size / ROW_ELEMENTS_S, KERNEL_S)
 
 
 def rate(operation: Operation, device: Device) -> float:

@@ -52,14 +52,16 @@ def find(
     pixels = units.parse_pixels(size) if size is not None else None
     most_bytes = units.parse_size(budget, "budget") if budget is not None else None
     card = gpus.find(gpu) if gpu is not None else None
-    found = [
+    alike = [
         item
         for item in _items(source)
         if (pipeline is None or pipeline.lower() in item.entry.pipeline.lower())
         and (pixels is None or pixels == (item.entry.workload.width, item.entry.workload.height))
         and (most_bytes is None or item.entry.peak_bytes <= most_bytes)
-        and (card is None or card == _card(item))
     ]
+    found = [item for item in alike if card is None or card == _card(item)]
+    if alike and not found and not as_json:
+        _complain(f"measured on other cards: {len(alike)}; without --gpu they are listed")
     _show(sorted(found, key=lambda i: i.entry.image_s / i.entry.workload.batch), as_json)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from autofit import cost, host_budget, places, store
+from autofit import cost, host_budget, places, report, store
 from autofit.budgeted import references, same_but_weights
-from autofit.match import Level, Match, environment, larger, match, needed_bytes
-from autofit.places import Place, Question
+from autofit.match import (
+    Level,
+    Match,
+    environment,
+    larger,
+    match,
+    needed_bytes,
+    other_budget,
+)
+from autofit.places import Entry, Item, Place, Question
 from autofit.sampler import Task
 from autofit.spec import (
     BadInput,
@@ -97,11 +105,12 @@ def smaller(ask: Ask, at_worst: Fidelity) -> Profile | None:
     """The stored profile to plan from where what is asked for is larger than was measured: of those
     within the budget that for the largest workload, and of these that for the largest budget."""
     found = [
-        profile
-        for profile in _alike(ask, at_worst)
-        if larger(profile.workload, ask.workload) and profile.budget_bytes <= ask.budget_bytes
+        item
+        for item in _alike(ask, at_worst)
+        if larger(item.entry.workload, ask.workload) and item.entry.budget_bytes <= ask.budget_bytes
     ]
-    return max(found, key=lambda p: (_count(p.workload), p.budget_bytes), default=None)
+    found.sort(key=lambda i: (_count(i.entry.workload), i.entry.budget_bytes), reverse=True)
+    return next(_profiles(found), None)
 
 
 def _count(workload: Workload) -> int:
@@ -151,10 +160,8 @@ def outcome_text(outcome: Outcome) -> str:
     """What came of a verifying trial, in a few words."""
     if isinstance(outcome, Measurement):
         seconds, peak = format_seconds(outcome.image_s), format_bytes(outcome.peak_bytes)
-        told = [f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"]
-        if outcome.seam_psnr_db is not None:
-            told += [f"its seams {outcome.seam_psnr_db:.1f} dB from an untiled decode"]
-        return "; ".join([*told, *outcome.fallbacks])
+        told = f"verified here: {seconds} a generation, peak {peak}, {_compared(outcome)}"
+        return "; ".join([told, *report.seams_text(outcome), *outcome.fallbacks])
     phase = f" in {outcome.phase.value}" if outcome.phase else ""
     return f"verified here, it failed: {outcome.why.value}{phase}"
 
@@ -241,16 +248,30 @@ def _candidates(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
     if exact is not None and ask.match(exact).level is Level.SAME:
         yield exact
         return
-    yield from _alike(ask, at_worst)
+    yield from _profiles(item for item in _alike(ask, at_worst) if _may_match(item.entry, ask))
 
 
-def _alike(ask: Ask, at_worst: Fidelity) -> Iterator[Profile]:
-    """All profiles of this pipeline that are as faithful as ``at_worst``."""
+def _alike(ask: Ask, at_worst: Fidelity) -> list[Item]:
+    """All that is known of this pipeline and as faithful as ``at_worst``; no file is read."""
     known, _ = places.items(places.places())  # faults were told of by find
-    for item in known:
-        entry = item.entry
-        if entry.fingerprint != ask.pipeline.fingerprint or entry.fidelity.rank > at_worst.rank:
-            continue
+    return [
+        item
+        for item in known
+        if item.entry.fingerprint == ask.pipeline.fingerprint
+        and item.entry.fidelity.rank <= at_worst.rank
+    ]
+
+
+def _may_match(entry: Entry, ask: Ask) -> bool:
+    """Whether the index leaves it open: a file takes some 20 ms to read, and there may be many."""
+    return not (
+        larger(entry.workload, ask.workload)
+        or other_budget(entry.peak_bytes, entry.budget_bytes, ask.budget_bytes)
+    )
+
+
+def _profiles(items: Iterable[Item]) -> Iterator[Profile]:
+    for item in items:
         profile = _read(item.place, item.name)
         if profile is not None:
             yield store.with_kept(profile)

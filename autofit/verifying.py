@@ -11,7 +11,7 @@ from typing import Any
 from autofit import architectures, gpus, probe, report, session, store, trust
 from autofit.dryrun import DryRun
 from autofit.dryrun.quiet import others_quiet
-from autofit.forecast import HOW_SURE, Forecaster, time_band
+from autofit.forecast import HOW_SURE, Forecaster, image_s_band
 from autofit.match import Match, environment, match, unlike_description
 from autofit.plain import plain
 from autofit.probe import device_named
@@ -111,14 +111,14 @@ def _prediction(trusted: Trusted, predicted: Prediction, card: Device) -> Mappin
         "match": plain(trusted.match),
         "plan": plain(trusted.profile.plan),
         "predicted": plain(predicted),
-        "image_s_band": _band(predicted, card),
+        "image_s_band": image_s_band(predicted, card),
         "on": {"device": card.name, "total_bytes": card.total_bytes},
     }
 
 
 def _lines(trusted: Trusted, predicted: Prediction, card: Device) -> str:
     profile = trusted.profile
-    least, most = map(format_seconds, _band(predicted, card))
+    least, most = map(format_seconds, image_s_band(predicted, card))
     techniques = report.plan_text(profile.plan).split(" + ")
     rows = [
         ("pipeline", f"{profile.pipeline}, {report.workload_text(profile.workload)}"),
@@ -130,8 +130,3 @@ def _lines(trusted: Trusted, predicted: Prediction, card: Device) -> str:
         ("on", f"{card.name}, {format_bytes(card.total_bytes)}"),
     ]  # fmt: skip
     return report.fact_lines(rows)
-
-
-def _band(predicted: Prediction, card: Device) -> tuple[float, float]:
-    band = time_band(card)
-    return predicted.image_s * (1 - band), predicted.image_s * (1 + band)

@@ -4,10 +4,10 @@
     python scripts/make_profiles.py --check
 
 The lines come from record_trials.py, whose cases are the golden trials, and record_matrix.py; of a
-case that one card recorded more than once the last line counts. A line with a random sample is for
-the tests alone. Where nothing fits, the smallest
-budget that works goes to `profiles/too_small.json`. `--check` writes nothing and fails if README's
-tables are not what the profiles say.
+case that one card recorded more than once the last line counts, but a golden one is never replaced
+by the matrix's, which is searched for less long. A line with a random sample is for the tests
+alone. Where nothing fits, the smallest budget that works goes to `profiles/too_small.json`.
+`--check` writes nothing and fails if README's tables are not what the profiles say.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 from readme import publish
 from record_trials import CASES
 
 from autofit import report, store
-from autofit.spec import Profile
+from autofit.spec import Attempt, Failure, Measurement, Outcome, Plan, Profile
+from autofit.techniques import KINDS
 from autofit.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES, GOLDEN, README = ROOT / "profiles", ROOT / "tests" / "golden", ROOT / "README.md"
+OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Measurement | Failure)
 TOO_SMALL = PROFILES / "too_small.json"
 BEGIN, END = "<!-- profiles: made by scripts/make_profiles.py -->\n", "<!-- end of profiles -->"
 
@@ -49,9 +52,17 @@ def main() -> None:
 
 def latest(paths: list[Path]) -> list[dict[str, Any]]:
     """The last successful line of each case and card, and the last with a sample."""
-    lines = [line for line in read(paths) if line["found"] is not None]
-    found = {(name(line), "sampled" in line): line for line in lines}
+    golden = {path.name.removesuffix(".json.gz") for path in (GOLDEN / "trials").glob("*")}
+    found = {}
+    for line in read(paths):
+        if line["found"] is None or (of_matrix(line) and name(line) in golden):
+            continue
+        found[name(line), "sampled" in line] = line
     return list(found.values())
+
+
+def of_matrix(line: dict[str, Any]) -> bool:
+    return "record_matrix.py" in line["command"]
 
 
 def read(paths: list[Path]) -> list[dict[str, Any]]:
@@ -90,7 +101,7 @@ def write(line: dict[str, Any]) -> None:
     found = line["found"]
     if "sampled" not in line:
         store.save(as_profile(found["profile"]), PROFILES / f"{name(line)}.yaml")
-    if line["case"] not in map(asdict, CASES):
+    if of_matrix(line) or line["case"] not in map(asdict, CASES):
         return
     golden = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
         k: found[k] for k in ("profile", "trials", "pipeline", "device")
@@ -111,32 +122,54 @@ def as_profile(data: dict[str, Any]) -> Profile:
         return store.load(path)
 
 
+def attempt_of(trial: dict[str, Any]) -> Attempt:
+    """Read one of a line's trials."""
+    techniques = [(KINDS[t["technique"]], t) for t in trial["plan"]]
+    plan = Plan(tuple(k(**{n: v for n, v in t.items() if n != "technique"}) for k, t in techniques))
+    data = trial["measured"] or trial["failure"]
+    infinite = {k: math.inf for k, found in data.items() if found == "Infinity"}
+    return Attempt(plan, OUTCOME.validate_python(data | infinite))
+
+
 def tables() -> str:
     """The golden cases with their plans, and all sizes and budgets of each model that has more."""
     paths = sorted(PROFILES.glob("*.yaml"), key=lambda p: p.name)
     golden = {p.name.removesuffix(".json.gz") for p in (GOLDEN / "trials").glob("*.json.gz")}
-    others = [path for path in paths if path.stem not in golden]
+    more = {row_of(path) for path in paths if path.stem not in golden}
+    others = [path for path in paths if row_of(path) in more]
     return table([p for p in paths if p.stem in golden]) + ("\n" + matrix(others) if others else "")
 
 
+def row_of(path: Path) -> tuple[str, str, str]:
+    """The model, its workload, and the card."""
+    model, on, _, works = path.stem.split("--")
+    return model, works, on
+
+
 def matrix(paths: list[Path]) -> str:
-    """A row a model and size, a column a budget: the seconds of an image."""
-    cells: dict[tuple[str, str], dict[float, str]] = {}
-    too_small = json.loads(TOO_SMALL.read_text("utf-8")) if TOO_SMALL.exists() else {}
+    """A row a model and size, a column a budget: the seconds of an image. A plan is also that for
+    the smaller budgets that it fits, which have no profile of their own."""
+    rows: dict[tuple[str, str, str], list[Profile]] = {}
     for path in paths:
-        model, on, _, works = path.stem.split("--")
-        profile = store.load(path)
-        row = cells.setdefault((f"{model} {works.replace('-', ', ').replace('steps', '')}", on), {})
-        row[profile.budget_bytes / GIB] = f"{profile.measured.image_s:.3g} s"
-        if smallest_bytes := too_small.get(f"{model}--{works}"):
-            row[0.0] = f"{smallest_bytes / GIB:.2f} GiB"
-    budgets = sorted({budget for row in cells.values() for budget in row if budget})
-    heads = ["model, size, steps", "card", *(f"{b:g} GiB" for b in budgets), "smallest"]
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (what, on), row in cells.items():
-        found = [row.get(b, "-") for b in budgets] + [row.get(0.0, "")]
-        rows.append(f"| {' | '.join([what, on, *found])} |")
-    return "\n".join(rows) + "\n"
+        rows.setdefault(row_of(path), []).append(store.load(path))
+    smallest = json.loads(TOO_SMALL.read_text("utf-8")) if TOO_SMALL.exists() else {}
+    columns = sorted({p.budget_bytes for found in rows.values() for p in found})
+    heads = ["model, size, steps", "card", *(f"{b / GIB:g} GiB" for b in columns), "smallest"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (model, works, on), found in rows.items():
+        least_bytes = smallest.get(f"{model}--{works}")
+        told = f"{least_bytes / GIB:.2f} GiB" if least_bytes else ""
+        what = f"{model} {works.replace('-', ', ').replace('steps', '')}"
+        lines.append(f"| {' | '.join([what, on, *(cell(found, b) for b in columns), told])} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(found: list[Profile], budget_bytes: int) -> str:
+    """What `apply` would take: of the profiles for so much or more that fit, the nearest."""
+    fit = [p for p in found if p.measured.peak_bytes <= budget_bytes <= p.budget_bytes]
+    if not fit:
+        return "-"
+    return f"{min(fit, key=lambda p: p.budget_bytes).measured.image_s:.3g} s"
 
 
 def table(paths: list[Path]) -> str:

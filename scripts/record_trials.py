@@ -30,7 +30,7 @@ from autofit.goals import Goal
 from autofit.planner import Effort, Listener, Planned, find_plan, task_for
 from autofit.sampler import PlanSampler
 from autofit.search import GIVE_UP, Progress
-from autofit.spec import Attempt, AutofitError, Measurement, NothingFits, Outcome, Plan
+from autofit.spec import Attempt, AutofitError, Measurement, NothingFits, Outcome, Plan, Profile
 from autofit.trial import Measurer
 from autofit.units import parse_pixels
 
@@ -117,8 +117,10 @@ def record(
     limit_s: float,
     after: Planned | None = None,
     foresight: Foresight | None = None,
+    begin: Profile | None = None,
 ) -> tuple[dict[str, Any], Planned | None]:
-    """Plan one case; whatever becomes of it is a line. ``after`` was planned for more memory."""
+    """Plan one case; whatever becomes of it is a line. ``after`` was planned for more memory, the
+    plan of ``begin`` is tried early."""
     goal = case.goal
     effort = Effort(timeout_s=limit_s, fresh=True)
     print(f"== {case.name}", flush=True)
@@ -134,7 +136,9 @@ def record(
     }
     listener, foresee = Listener(print, told), foresight.basis
     try:
-        planned = find_plan(measurer, goal, effort, listener=listener, foresee=foresee, after=after)
+        planned = find_plan(
+            measurer, goal, effort, listener=listener, foresee=foresee, after=after, begin=begin
+        )
     except AutofitError as error:
         print(error, flush=True)
         smallest_bytes = error.smallest_bytes if isinstance(error, NothingFits) else None

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gc
+import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import samples
 from worlds import CARD, LARGE, SDXL, STREAMED, gib
@@ -14,6 +18,7 @@ from autofit.sampler import Task
 from autofit.search import Found
 from autofit.spec import (
     Attempt,
+    AutofitError,
     Failure,
     Fidelity,
     Measurement,
@@ -25,6 +30,7 @@ from autofit.spec import (
 )
 from autofit.techniques.space import legal_plans
 from autofit.trial import Request, Subject
+from autofit.trial.reference import Reference
 
 PLANS = legal_plans(SDXL, CARD, LARGE)
 EXACT = next(p for p in PLANS if p.fidelity is Fidelity.EXACT)
@@ -161,3 +167,49 @@ def test_the_reference_is_found_without_predicting_every_plan(
     monkeypatch.setattr(cost, "fitted", lambda *a: calls.append(a) or completed_one(*a))
     assert Trials(Scripted(), asked, tmp_path).first == [expected]
     assert len(calls) <= len(plans) / 2
+
+
+class Roomless(Scripted):
+    """Its image can be written where nothing is in the way."""
+
+    def measure(self, request: Request) -> Outcome:
+        if request.output is not None:
+            with suppress(OSError):
+                Reference.of(np.zeros((1, 8, 8, 3), np.uint8), 3, request.plan).save(request.output)
+        return super().measure(request)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """An image's path where none can be written."""
+    image = tmp_path / "study.npz"
+    image.with_suffix(".tmp").mkdir()
+    return image
+
+
+def test_an_image_that_the_disk_has_no_room_for_is_kept_elsewhere(full: Path) -> None:
+    measurer = Roomless(*[took(1.0)] * 3)
+    ours = trials(measurer, full)
+    with pytest.warns(UserWarning, match=f"^{full.parent} has no room for the image"):
+        assert ours.short(ours.first[0], None) == took(1.0)
+    ours.short(LOSSY, None)
+    first, second, third = measurer.requests
+    assert (first.output, second.plan, third.reference) == (full, first.plan, second.output)
+    assert third.reference is not None
+    assert third.reference.exists()
+    assert not full.exists()
+    del ours
+    gc.collect()
+    assert not third.reference.parent.exists()
+
+
+def test_where_no_disk_has_room_the_study_ends_in_a_line(
+    full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare = full.with_name("spare")
+    (spare / "study.tmp").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **_: str(spare))
+    said = f"neither in {full.parent} nor in {full.parent}: free some, or set AUTOFIT_HOME"
+    with pytest.warns(UserWarning, match="has no room"), pytest.raises(AutofitError, match=said):
+        trials(Roomless(*[took(1.0)] * 2), full).short(EXACT, None)
+    assert not full.exists()

@@ -210,7 +210,7 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
         assert run.stderr is not None
         first = read_until(run.stderr, r"^ +1 .* resident$")[-1].partition("MiB  ")[-1].strip()
         workers = psutil.Process(run.pid).children(recursive=True)
-        assert any("autofit.trial.worker" in w.cmdline() for w in workers)
+        assert any("autofit.lifeline" in w.cmdline() for w in workers)
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=60)
     assert run.returncode == 130
@@ -573,6 +573,17 @@ class TestHelp:
         assert ended.stderr == ""
         assert len(json.loads(ended.stdout)) == len(names())
 
+    def test_interrupted_while_it_is_loaded(self, tmp_path: Path) -> None:
+        (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")  # as Ctrl-C does
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        ended = subprocess.run(
+            [sys.executable, "-m", "autofit", "models"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stdout) == (130, "")
+        assert ended.stderr == "autofit: interrupted\n"
+
 
 @pytest.fixture(scope="module")
 def readme() -> str:
@@ -585,6 +596,20 @@ def readme() -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_shows_every_command(command: str, readme: str) -> None:
     assert f"autofit {command}" in readme
+
+
+def test_the_readme_s_promises_name_tests_and_scripts_that_are_there(readme: str) -> None:
+    _, _, after = readme.partition("## What we promise and how it is tested")
+    rows = [line for line in after.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise")]
+    assert len(promises) > 15
+    for row in promises:
+        assert len(row.split("|")) == 5, row
+        named = re.findall(r"`(test_[\w*]+\.py)`", row)
+        named += re.findall(r"scripts/\w+\.py", row)
+        assert named, row
+        for name in named:
+            assert any(ROOT.glob(name if "/" in name else f"tests/{name}")), name
 
 
 @pytest.mark.parametrize("technique", KINDS)

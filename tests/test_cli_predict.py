@@ -37,12 +37,18 @@ def test_the_budget_is_the_card_s_where_none_is_given() -> None:
     predicted = found["predicted"]
     assert {"peak_bytes", "image_s", "limit_s"} <= set(predicted)
     assert 0 < predicted["limit_s"] <= predicted["image_s"]
+    least_s, most_s = predicted["image_s_band"]
+    assert (least_s + most_s) / 2 == pytest.approx(predicted["image_s"])
+    assert predicted["peak_band"] == 0.1
     assert predicted["peak_bytes"] <= found["budget_bytes"]
 
 
 def test_no_budget_is_above_the_card_s_memory() -> None:
     """Else a plan would be said to fit that no such card can hold."""
-    found = json.loads(autofit(*TINY, "--budget", "1TB", "--json").out)
+    ended = autofit(*TINY, "--budget", "1TB", "--json")
+    assert ended.err.count("\n") == 1
+    assert "is above the 7.64 GiB of NVIDIA GeForce RTX 4060" in ended.err
+    found = json.loads(ended.out)
     assert found["budget_bytes"] == found["on"]["total_bytes"] < 9e9
 
 

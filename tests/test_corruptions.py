@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import samples
 import torch
 from conftest import Pipes
 
-from autofit import trust
+from autofit import store, trust
 from autofit.architectures import build
-from autofit.spec import Failure, Measurement, Outcome, Plan, Why, Workload
+from autofit.spec import BadInput, Failure, Measurement, Outcome, Plan, Why, Workload
 from autofit.streaming.lanes import HostLane
 from autofit.techniques import KINDS
 from autofit.trial import InProcess, Request
@@ -69,6 +70,21 @@ def test_tiles_that_change_the_colours(
     tinted = torch.tensor([0.6, 0.0, -0.6]).view(1, 3, 1, 1)
     monkeypatch.setitem(vars(pipe.vae.decoder), "forward", lambda *a, **k: found(*a, **k) + tinted)
     assert_refused(measured(pipe, tiled, image), "plans come within")
+
+
+def test_group_offload_to_disk_is_in_no_plan(tmp_path: Path) -> None:
+    """With a stream, leaf by leaf, diffusers' may give wrong images without an error; weights in
+    files are ``streamed(from_files)``, whose images are compared in ``test_streaming.py``."""
+    plan, path = Plan((KINDS["group_offload"]("leaf", stream=True),)), tmp_path / "profile.yaml"
+    store.save(samples.profile(plan=plan), path)
+    assert store.load(path).plan == plan
+    text = path.read_text("utf-8")
+    disk = "\\g<0>\n\\g<1>offload_to_disk_path: /tmp"
+    text, count = re.subn(r"^( +)level: leaf", disk, text, flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(text, "utf-8")
+    with pytest.raises(BadInput, match="offload_to_disk_path"):
+        store.load(path)
 
 
 STREAMED = Plan((KINDS["streamed"](unit_bytes=2**15),))

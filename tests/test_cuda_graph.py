@@ -219,7 +219,12 @@ def test_gradients_and_casts_run_eagerly(doubler: Any, capturer: Capturer) -> No
         assert doubler(x)["x"].grad_fn is not None
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert doubler(x)["x"].dtype == torch.bfloat16
+        told = CudaGraph().fallbacks(Holder(doubler))
     assert capturer.captures == 0
+    assert [text.partition(": ")[2] for text in told] == [
+        "its call records gradients, as outside torch.no_grad()",
+        "its call is under autocast",
+    ]
 
 
 def test_a_graph_of_inference_mode_is_good_outside_it(doubler: Any, capturer: Capturer) -> None:

@@ -141,7 +141,9 @@ def test_the_output_has_the_class_asked_for() -> None:
 
 
 @torch.no_grad()
-def test_constants_that_vary_run_eagerly_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constants_that_vary_run_eagerly_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     made = _counted(monkeypatch)
     unet = build("tiny-sd").unet
     inputs = (torch.ones(1, 4, 8, 8), torch.ones(1, 7, 32))
@@ -149,7 +151,27 @@ def test_constants_that_vary_run_eagerly_in_the_end(monkeypatch: pytest.MonkeyPa
     with TracedDenoiser().applied(Holder(unet), "cpu"):
         for step, want in enumerate(expected):
             torch.testing.assert_close(unet(inputs[0], step, inputs[1]).sample, want)
+        told = TracedDenoiser().fallbacks(Holder(unet))
     assert len(made) == MAX_TRACES
+    assert told == (
+        "UNet2DConditionModel runs eagerly, not traced:"
+        " its inputs vary more than the 4 traces kept",
+    )
+    assert [r.getMessage() for r in caplog.records] == list(told)
+
+
+@torch.no_grad()
+def test_what_is_traced_tells_of_no_fallback() -> None:
+    model, inputs = _pixart()
+    with TracedDenoiser().applied(Holder(model), "cpu"):
+        model(**inputs)
+        assert TracedDenoiser().fallbacks(Holder(model)) == ()
+        model(**inputs, cross_attention_kwargs={"unknown": {1, 2}})  # a set has no hash
+        assert TracedDenoiser().fallbacks(Holder(model)) == (
+            "PixArtTransformer2DModel runs eagerly, not traced: an argument cannot be compared with"
+            " that of the next call",
+        )
+    assert TracedDenoiser().fallbacks(Holder(model)) == ()
 
 
 @torch.no_grad()

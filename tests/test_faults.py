@@ -67,18 +67,34 @@ def test_workers_that_crash_and_hang_end_no_study_and_leave_nothing(
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == left]
 
 
-def test_a_disk_that_is_full_in_mid_study_costs_no_profile(tmp_path: Path) -> None:
-    """No file may grow beyond a limit, which the study's journal is the first to reach."""
+def planned_on_a_disk(home: Path, room_bytes: int) -> subprocess.CompletedProcess[str]:
+    """No file may grow beyond a limit."""
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, room_bytes))
 
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "autofit", "plan", "tiny-sd", "--device", "cpu", "--budget", "1GB",
          "--trials", "8", "--json"],
-        cwd=ROOT, env={**os.environ, "AUTOFIT_HOME": str(tmp_path)}, preexec_fn=limited,
+        cwd=ROOT, env={**os.environ, "AUTOFIT_HOME": str(home)}, preexec_fn=limited,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
+
+
+def test_a_disk_that_is_full_from_the_start_is_said_to_be(tmp_path: Path) -> None:
+    done = planned_on_a_disk(tmp_path, 1000)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("autofit: no room on the disk for the image that trials are compared")
+    assert "Traceback" not in done.stderr
+    assert "every trial failed" not in done.stderr
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_disk_that_is_full_in_mid_study_costs_no_profile(tmp_path: Path) -> None:
+    """The study's journal is the first to reach the limit."""
+    done = planned_on_a_disk(tmp_path, DISK_BYTES)
     told = [line for line in done.stderr.splitlines() if line.startswith("warning: the study is")]
     assert len(told) == 1, done.stderr
     assert "File too large): the search goes on in memory" in told[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_golden import GOLDEN, Recorded
 from autofit import cost, forecast, gpus
 from autofit.dryrun import DryRun
 from autofit.forecast import PEAK_BAND, PREDICTED, TIME_BAND, Forecaster
-from autofit.spec import Measurement, Pipeline, Plan, Slot, Workload
+from autofit.spec import Measurement, Phase, Pipeline, Plan, Slot, Workload
 from autofit.techniques.placement import Resident
 
 GIB = 2**30
@@ -100,10 +101,46 @@ class TestBest:
         assert found.limit_s <= found.predicted.image_s
         assert not found.plan.placement.is_open
 
+    def test_of_plans_as_fast_it_takes_the_one_that_moves_the_least(self) -> None:
+        """On a slow card the transfers hide behind the arithmetic, and many plans are as fast."""
+        dry, device, budget_bytes = dry_run("sdxl"), gpus.device_for("rtx-4060"), 8 * 10**9
+        slow = Forecaster(dry, dry.pipeline, device, Workload(1024, 1024, 30, passes=2))
+        found = slow.best(budget_bytes)
+        assert found is not None
+        alike = [
+            plan
+            for plan in slow.plans
+            if not plan.placement.is_open
+            and plan.fidelity is found.plan.fidelity
+            and slow.predict(plan).image_s == found.predicted.image_s
+            and slow.predict(plan).peak_bytes <= budget_bytes
+        ]
+        assert len(alike) >= 2
+        assert moved_bytes(found.plan) < min(map(moved_bytes, alike))  # it keeps some of them
+
+    def test_no_step_has_to_leave_room_for_the_decode(
+        self, forecaster: Forecaster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Plans that borrow it stream less: one was said to reach 118 % of what the card can do."""
+        plan = Plan((Resident(),))
+        slow = replace(gpus.device_for("rtx-4060"), pinned_bytes_s=1e6)
+        workload = Workload(64, 64, 4)
+        one = Forecaster(dry_run("tiny-flux"), forecaster._pipeline, slow, workload)
+        before_s, phases = one.limit_s(plan, GIB), dict(one._phases(plan))
+        phases[Phase.DECODE] = replace(phases[Phase.DECODE], activation_bytes=GIB)
+        monkeypatch.setattr(one, "_phases", lambda _: phases)
+        assert one.limit_s(plan, GIB) == before_s
+
     def test_nothing_fits_in_less_than_the_least(self, forecaster: Forecaster) -> None:
         least_bytes = forecaster.smallest_bytes
         assert forecaster.best(least_bytes - 1) is None
         assert forecaster.best(int(1.05 * least_bytes)) is not None
+
+
+def moved_bytes(plan: Plan) -> int:
+    facts = dry_run("sdxl").pipeline
+    moved = plan.placement.traffic(plan.facts(facts), Phase.STEP)
+    return moved.pinned_bytes + moved.pageable_bytes
 
 
 @pytest.mark.timeout(300)
@@ -125,4 +162,4 @@ def test_what_a_search_starts_from_comes_near_the_recorded_trials() -> None:
     assert min(peaks) >= -0.15
     assert max(peaks) <= 0.2
     assert min(times) >= 0.4  # compiling was hoped to gain more, on a host that was busy
-    assert max(times) <= 1.05
+    assert max(times) <= 1.08

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from make_profiles import attempt_of
 from pydantic import TypeAdapter
 
 from autofit import cost, store
@@ -20,21 +19,17 @@ from autofit.search import search
 from autofit.spec import (
     Attempt,
     Device,
-    Failure,
     Measurement,
     Outcome,
     Pipeline,
     Plan,
-    Technique,
     Workload,
 )
-from autofit.techniques import KINDS
 from autofit.techniques.streamed import Streamed
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((ROOT / "tests" / "golden" / "trials").glob("*.json.gz"))
 SAMPLED = sorted((ROOT / "tests" / "golden" / "sampled").glob("*.json.gz"))
-OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Measurement | Failure)
 # What arithmetic alone, before any trial, may err by on these. Attention grows with the square of
 # the tokens, which the arithmetic leaves out: at 3840x2224 that is a factor of ten.
 PEAK_ERROR, TIME_FACTOR = 0.36, 12.0
@@ -47,7 +42,7 @@ class Recorded:
 
     def __init__(self, path: Path) -> None:
         self.data = json.loads(gzip.decompress(path.read_bytes()))
-        self.attempts = [Attempt(_plan(t["plan"]), _outcome(t)) for t in self.data["trials"]]
+        self.attempts = [attempt_of(trial) for trial in self.data["trials"]]
         self.asked: list[Plan] = []
 
     def measure(self, plan: Plan, give_up_s: float | None) -> Outcome:
@@ -84,20 +79,6 @@ def _opened(plan: Plan) -> Plan:
     if not isinstance(plan.placement, Streamed):
         return plan
     return Plan((*plan.techniques[:-1], replace(plan.placement, weights_bytes=None)))
-
-
-def _plan(entries: list[dict[str, Any]]) -> Plan:
-    def technique(entry: dict[str, Any]) -> Technique:
-        settings = {k: v for k, v in entry.items() if k != "technique"}
-        return KINDS[entry["technique"]](**settings)
-
-    return Plan(tuple(map(technique, entries)))
-
-
-def _outcome(trial: dict[str, Any]) -> Outcome:
-    data = trial["measured"] or trial["failure"]
-    infinite = {k: math.inf for k, found in data.items() if found == "Infinity"}
-    return OUTCOME.validate_python(data | infinite)
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda p: p.name.removesuffix(".json.gz"))

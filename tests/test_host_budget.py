@@ -18,7 +18,7 @@ from test_planner import Scripted
 from worlds import FLUX, FLUX_LARGE
 
 import autofit
-from autofit import cost, gpus, host, host_budget, predicting, probe, session
+from autofit import cost, gpus, host, host_budget, predicting, probe, session, store
 from autofit.goals import Goal
 from autofit.match import environment
 from autofit.planner import Effort, find_plan
@@ -265,6 +265,22 @@ def test_a_profile_that_the_host_does_not_hold_is_refused(pipes: Pipes, home: Pa
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def test_a_profile_is_not_run_where_the_host_does_not_hold_it(
+    pipes: Pipes, home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.yaml"
+    store.save(profile_for(pipes["tiny-sd"], Plan((HalfPrecision("bfloat16"), Resident()))), path)
+    asked = ("run", "tiny-sd", "--profile", str(path), "--prompt", "x", "--device", "cpu")
+    asked += ("--output", str(tmp_path / "image.png"), "--host-ram")
+    ended = command(*asked, "7MB")
+    assert ended.code == 2
+    assert "its plan needs 8.44 MiB of host memory, and 6.68 MiB may be used" in ended.err
+    ended = command(*asked, "7")
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "host_ram '7' has no unit" in ended.err
+
 
 PLAN = ("plan", "tiny-sd", "--budget", "1GB", "--steps", "2")
 

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from test_golden import GOLDEN, Recorded, _outcome, _plan
+from make_profiles import attempt_of
+from test_golden import GOLDEN, Recorded
 
 from autofit import limits
 from autofit.spec import Attempt, Environment, Measurement, Plan, Profile, Technique
@@ -14,9 +15,11 @@ from autofit.techniques import KINDS
 
 # Of the limit, what each plan reaches; None where no trial saw the denoiser compute alone.
 REACHED = {
+    "flux-dev--H100--24GiB": 0.92,
     "flux-dev--H200--24GiB": None,
     "flux-dev--H200--8GiB": 0.95,  # waits for the bus: compute need not be known
     "sd15--H100--4GiB": 0.98,
+    "sd15--H100--8GiB": 0.97,
     "sd15--H200--8GiB": 0.98,
     "sdxl--H100--12GiB": 0.95,
     "sdxl--H100--4GiB": None,
@@ -31,11 +34,11 @@ NOWHERE = Environment("", None, 0, "emulated", {})
 
 def profile(recorded: Recorded) -> Profile:
     data, task = recorded.data["profile"], recorded.task()
-    measured, plan, pipeline = _outcome(data), _plan(data["plan"]), task.pipeline
-    assert isinstance(measured, Measurement)
+    found, pipeline = attempt_of(data), task.pipeline
+    assert isinstance(found.outcome, Measurement)
     return Profile(
-        pipeline.cls, pipeline.fingerprint, task.workload, task.budget_bytes, plan, measured,
-        NOWHERE,
+        pipeline.cls, pipeline.fingerprint, task.workload, task.budget_bytes, found.plan,
+        found.outcome, NOWHERE,
     )  # fmt: skip
 
 

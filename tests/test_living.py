@@ -7,9 +7,10 @@ import functools
 import logging
 import pickle
 import threading
+import weakref
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -557,6 +558,31 @@ def test_a_pipe_that_is_given_an_image_may_have_the_profile(
 
 
 # ---------------------------------------------------------------- at once
+
+
+@each("resident", "streamed")
+def test_a_pipe_that_is_gone_caps_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reverted it; another one is not to run within its budget."""
+    caps: list[str] = []
+
+    @contextmanager
+    def capped(*_: Any, **__: Any) -> Iterator[Callable[[], None]]:
+        caps.append("on")
+        try:
+            yield lambda: None
+        finally:
+            caps.append("off")
+
+    monkeypatch.setattr(applied, "capped", capped)
+    pipe = build("tiny-sd")
+    fit(pipe, plan)
+    image(pipe, calls=1)
+    unet = weakref.ref(pipe.unet)
+    assert caps == ["on"]
+    del pipe
+    assert applied.applied_on(torch.device("cpu")) == []
+    assert unet() is None
+    assert caps == ["on", "off"]
 
 
 @each("streamed", "graph", "model_offload")

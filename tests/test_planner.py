@@ -63,11 +63,18 @@ def _ctrl_c(*_: Any, **__: Any) -> Any:
 
 
 class Scripted:
-    """Outcomes by a function of the request: no pipe runs."""
+    """Outcomes by a function of the request, with an image where one is asked for: no pipe runs."""
+
+    IMAGE = Reference(np.zeros((1, 8, 8, 3), np.uint8), 3, "resident", Fidelity.EXACT)
 
     def __init__(self, subject: Subject, outcome: Callable[[Request], Outcome]) -> None:
-        self.subject, self.measure = subject, outcome
+        self.subject, self._outcome = subject, outcome
         self.renewed = 0
+
+    def measure(self, request: Request) -> Outcome:
+        if request.output is not None:
+            self.IMAGE.save(request.output)
+        return self._outcome(request)
 
     def renew(self) -> None:
         self.renewed += 1
@@ -442,7 +449,6 @@ class TestStorage:
     @pytest.fixture
     def plan(self, subject: Subject, home: Path) -> Callable[[Effort], int]:
         """Plans with an effort; answers how many short trials were run for it."""
-        made = Reference(np.zeros((1, 8, 8, 3), np.uint8), 3, "resident", Fidelity.EXACT)
 
         def planning(effort: Effort) -> int:
             plans: list[Plan] = []
@@ -450,8 +456,6 @@ class TestStorage:
             def outcome(request: Request) -> Outcome:
                 if not request.full:
                     plans.append(request.plan)
-                if request.output is not None:
-                    made.save(request.output)
                 return _by_technique(request)
 
             found = find_plan(Scripted(subject, outcome), GOAL, effort)

@@ -197,6 +197,10 @@ class TestDevice:
         cache.write_text('{"kind": "cpu"}')  # as an older version might have written it
         assert probe.probe_device("cpu").versions == first.versions
         assert len(measured) == 2
+        cache.unlink()
+        cache.mkdir()  # whatever is there, and whatever becomes of what is written
+        assert probe.probe_device("cpu").versions == first.versions
+        assert list((home / "cache" / "devices").iterdir()) == [cache]
 
     def test_without_what_an_older_autofit_did_not_measure_reads(self, home: Path) -> None:
         found = probe.probe_device("cpu")

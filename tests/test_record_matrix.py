@@ -4,56 +4,142 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from autofit.architectures import ARCHITECTURES
+
+GOLDEN = Path(__file__).parent / "golden"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+Line = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of the tiny model, by real trials."""
-    folder = tmp_path_factory.mktemp("matrix")
+def matrix() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
-        matrix = importlib.import_module("record_matrix")
-        asked = ["", "--out", str(folder), "--only", "tiny-sd", "--limit", "3", "--device", "cpu"]
-        path = folder / "results.jsonl"
-        patch.setattr(sys, "argv", asked)
+        yield importlib.import_module("record_matrix")
+
+
+def run(matrix: Any, folder: Path, *more: str) -> str:
+    asked = ["", "--out", str(folder), "--only", "tiny-sd", "--limit", "3", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*asked, *more])
         matrix.main()
-        whole = path.read_text("utf-8")
-        matrix.main()
-        assert path.read_text("utf-8") == whole, "what is done is not planned again"
-        return list(map(json.loads, whole.splitlines()))
+    return (folder / "results.jsonl").read_text("utf-8")
 
 
-def test_each_cell_has_a_line_the_largest_budget_first(lines: list[dict[str, Any]]) -> None:
-    assert [line["case"]["budget"] for line in lines] == ["2GiB", "1GiB", "2MiB", "1MiB"]
+@pytest.fixture(scope="module")
+def lines(matrix: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    """Of the tiny model, by real trials."""
+    folder = tmp_path_factory.mktemp("matrix")
+    whole = run(matrix, folder)
+    assert run(matrix, folder) == whole, "what is done is not planned again"
+    return list(map(json.loads, whole.splitlines()))
 
 
-def test_a_line_has_the_command_that_made_it(lines: list[dict[str, Any]]) -> None:
+@pytest.fixture
+def of_size(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line["case"]["size"] == "64x64"]
+
+
+def test_each_cell_has_a_line_the_largest_budget_first(lines: list[Line]) -> None:
+    budgets = ["1GiB", "60MiB", "6MiB", "2MiB", "1MiB"]
+    found = [(line["case"]["size"], line["case"]["budget"]) for line in lines]
+    assert found == [(size, budget) for size in ("64x64", "128x64") for budget in budgets]
+
+
+def test_a_line_has_the_command_that_made_it(of_size: list[Line]) -> None:
     made = "python scripts/record_matrix.py --out DIR --only tiny-sd --limit 3"
-    assert [line["command"] for line in lines] == [made] * 3 + [None]
+    assert [line["command"] for line in of_size] == [made, None, made, made, None]
 
 
-def test_what_was_tried_is_known_to_the_next_budget(lines: list[dict[str, Any]]) -> None:
-    more, less = (line["found"]["trials"] for line in lines[:2])
-    assert less[: len(more)] == more
-    assert len(less) <= len(more) + 2
+def test_a_plan_that_fits_a_smaller_budget_is_not_searched_for_there(of_size: list[Line]) -> None:
+    more, less = of_size[:2]
+    assert more["found"]["profile"]["measured"]["peak_bytes"] <= 60 * 2**20
+    assert (less["found"], less["plan_s"]) == (None, 0)
+    assert less["error"].startswith("60MiB: the plan for 1.00 GiB needs ")
 
 
-def test_below_what_nothing_fits_nothing_is_tried(lines: list[dict[str, Any]]) -> None:
-    in_vain, skipped = lines[2:4]
+def test_what_was_tried_is_known_to_the_next_budget(of_size: list[Line]) -> None:
+    more, less = (of_size[n]["found"]["trials"] for n in (0, 2))
+    assert more[0] in less
+    assert less[-1]["measured"]["peak_bytes"] <= 6 * 2**20
+
+
+def test_below_what_nothing_fits_nothing_is_tried(of_size: list[Line]) -> None:
+    in_vain, skipped = of_size[3:]
     assert in_vain["found"] is skipped["found"] is None
     assert in_vain["smallest_bytes"] == skipped["smallest_bytes"] > 2 * 2**20
     assert in_vain["plan_s"] > skipped["plan_s"] == 0
 
 
+def test_a_later_run_knows_what_was_tried(matrix: Any, of_size: list[Line], tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in of_size[:2]), "utf-8")
+    resumed = list(map(json.loads, run(matrix, tmp_path).splitlines()))
+    assert resumed[:2] == of_size[:2]
+    assert resumed[2]["case"]["budget"] == "6MiB"
+    assert of_size[0]["found"]["trials"][0]["plan"] in [
+        trial["plan"] for trial in resumed[2]["found"]["trials"]
+    ]
+
+
+def test_no_cell_is_begun_that_would_not_be_done(matrix: Any, tmp_path: Path) -> None:
+    assert run(matrix, tmp_path, "--deadline", "2") == ""
+
+
+def test_the_size_that_most_use_comes_first(matrix: Any) -> None:
+    columns = matrix.in_order(list(matrix.MODELS[:2]))
+    assert [(column[0].model, column[0].size) for column in columns[:4]] == [
+        ("sdxl", "1024x1024"), ("sd15", "512x512"), ("sdxl", "1536x1024"), ("sdxl", "768x768"),
+    ]  # fmt: skip
+
+
+def test_steps_are_the_model_s_own_but_where_an_image_takes_a_minute(matrix: Any) -> None:
+    """What is asked for without steps is then measured for as it is asked."""
+    own = {known.name: known.steps for known in ARCHITECTURES}
+    cases = [case for model in matrix.MODELS for column in model.columns() for case in column]
+    others = {(c.model, c.size, c.steps) for c in cases if c.steps != own[c.model]}
+    assert others == {("sd15", "3840x2160", 20)}
+
+
+def test_what_was_recorded_for_longer_is_done(matrix: Any) -> None:
+    path = GOLDEN / "trials" / "sdxl--H100--8GiB--1024x1024-30steps.json.gz"
+    made = matrix.Matrix("cuda:0", 25.0, math.inf, [matrix.golden_line(path)])
+    column = matrix.MODELS[0].columns()[0]
+    assert [case.budget for case in column if made.line(case)] == ["8GiB"]
+    subject = SimpleNamespace(device=SimpleNamespace(name="NVIDIA H100 80GB HBM3"))
+    known = matrix.recalled(made.lines[0], SimpleNamespace(subject=subject), path)
+    assert len(known.attempts) == 7
+    subject.device.name = "NVIDIA H200"
+    assert matrix.recalled(made.lines[0], SimpleNamespace(subject=subject), path) is None
+
+
+def test_a_golden_case_is_not_replaced(
+    lines: list[Line], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    make = importlib.import_module("make_profiles")
+    results = tmp_path / "lines"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    names = [make.name(line) for line in make.latest([results])]
+    assert len(names) == 4
+    monkeypatch.setattr(make, "GOLDEN", tmp_path)
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / f"{names[0]}.json.gz").touch()
+    assert [make.name(line) for line in make.latest([results])] == names[1:]
+
+
 def test_profiles_are_shipped_and_shown(
-    lines: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lines: list[Line], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     make = importlib.import_module("make_profiles")
@@ -66,10 +152,14 @@ def test_profiles_are_shipped_and_shown(
     monkeypatch.setattr(make, "TOO_SMALL", profiles / "too_small.json")
     monkeypatch.setattr(sys, "argv", ["make_profiles.py", str(results)])
     make.main()
-    assert len(list(profiles.glob("*.yaml"))) == 2
+    assert len(list(profiles.glob("*.yaml"))) == 4
+    assert sorted(json.loads((profiles / "too_small.json").read_text("utf-8"))) == [
+        "tiny-sd--128x64-2steps",
+        "tiny-sd--64x64-2steps",
+    ]
     text = readme.read_text("utf-8")
-    assert "| model, size, steps | card | 1 GiB | 2 GiB | smallest |" in text
-    assert text.count("| tiny-sd ") == 1
+    assert "| model, size, steps | card | 0.00585938 GiB | 1 GiB | smallest |" in text
+    assert text.count("| tiny-sd ") == 2
     monkeypatch.setattr(sys, "argv", ["make_profiles.py", "--check"])
     with pytest.raises(SystemExit) as ended:
         make.main()

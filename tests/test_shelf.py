@@ -108,6 +108,12 @@ def test_it_is_said_where_there_is_none(folder: Path) -> None:
     )  # fmt: skip
 
 
+def test_it_is_said_where_others_measured_on_other_cards(folder: Path) -> None:
+    code, out, err = profiles("find", "--from", folder, "--gpu", "rtx-2060-6gb")
+    assert (code, out) == (0, "")
+    assert re.match(r"autofit: measured on other cards: \d; without --gpu they are listed\n", err)
+
+
 def test_a_card_of_no_table_is_on_none_of_its_cards(folder: Path) -> None:
     on = replace(PROFILE.on, device="Cerebral Vortex 9")
     store.save(samples.profile(on=on), folder / "c.yaml")

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autofit import formats, places, store
+from autofit import files, places, store
 from autofit.places import Question, at
 from autofit.plain import from_yaml, to_yaml
 from autofit.schema import json_schema
@@ -214,7 +214,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(BadInput, match="No space left on device") as error:
         store.save(samples.profile(fingerprint="other"), path)
     assert str(path) in str(error.value)
@@ -228,7 +228,7 @@ def test_an_interrupted_write_leaves_nothing(
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(formats.os, "fsync", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         store.save(samples.profile(), tmp_path / "profile.yaml")
     assert list(tmp_path.iterdir()) == []

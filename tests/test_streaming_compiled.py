@@ -250,7 +250,10 @@ def test_gradients_and_casts_run_eagerly(casts: bool, pipe: Any, to_python: None
         for _ in range(3):
             pipe.unet(X)
         with torch.set_grad_enabled(not casts), cast:
+            assert RegionalCompile().fallbacks(pipe) == ()
             found = pipe.unet(X)
+        (told,) = RegionalCompile().fallbacks(pipe)
+    assert told.startswith("Denoiser runs eagerly, not compiled: its call ")
     assert torch.equal(found, wanted)
     assert found.requires_grad is not casts
     assert counters["stats"]["unique_graphs"] == 1

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +51,7 @@ RESIDENT = Plan((KINDS["resident"](),))
 HALF = Plan((KINDS["half_precision"]("bfloat16"), KINDS["resident"]()))
 SMALL = Workload(64, 64, 6, passes=2)
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 class TestTracker:
@@ -662,6 +665,26 @@ class TestWorker:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert process.poll() == -signal.SIGKILL
+
+    def test_dies_with_its_parent_also_while_it_is_loaded(self, tmp_path: Path) -> None:
+        (tmp_path / "torch.py").write_text("import time; time.sleep(600)")
+        _, theirs = multiprocessing.Pipe()
+        read_life, life = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "autofit.lifeline", str(theirs.fileno()), str(read_life)],
+            pass_fds=(theirs.fileno(), read_life),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+            start_new_session=True,
+        )
+        os.close(read_life)
+        try:
+            time.sleep(1)
+            assert process.poll() is None
+            os.close(life)  # what the end of this process would do
+            assert process.wait(timeout=60) == -signal.SIGKILL
+        finally:
+            process.kill()
+            process.wait()
 
     def test_an_unknown_model_is_bad_input_in_the_worker_s_words(self) -> None:
         with pytest.raises(BadInput, match="Did you mean tiny-sd"):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import platformdirs
 from pydantic import TypeAdapter
 
+from autofit.files import write_whole
 from autofit.roofline import PhaseFacts
 from autofit.spec import Pipeline
 
@@ -93,9 +94,7 @@ def _write(key: str, found: Front | PhaseFacts | Pipeline) -> None:
     path = folder() / f"{key}.json"
     with suppress(OSError):  # a folder that cannot be written costs some seconds the next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(dataclasses.asdict(found)), "utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(dataclasses.asdict(found)).encode())
 
 
 @cache

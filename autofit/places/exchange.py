@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from autofit import store, techniques
+from autofit.files import write_whole
 from autofit.places import Place, at, folders, remote
 from autofit.places.entry import Entry
 from autofit.places.index import Index, Row, used
@@ -45,7 +46,7 @@ def _push_folder(profile: Profile, folder: Path, name: str) -> None:
         store.save(profile, folder / name)
         with FileLock(folder / LOCK, timeout=WAIT_S):
             rows = used(lambda index: _all_rows(index, folder))
-            folders.replace(folder / remote.INDEX, remote.listing(str(folder), rows))
+            write_whole(folder / remote.INDEX, remote.listing(str(folder), rows))
     except OSError as error:
         reason = f"cannot be written to ({error.strerror or error}): give another"
         raise BadInput(f"place {folder}: {reason}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -97,18 +96,3 @@ def names(folder: Path) -> list[str]:
 
 def unreadable(folder: Path, error: OSError) -> str:
     return f"place {folder}: cannot be read ({error.strerror or error}): check the path"
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part.
-
-    Raises:
-        OSError: the folder is missing or cannot be written to.
-    """
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        with suppress(OSError):  # there when the writing failed
-            partial.unlink()

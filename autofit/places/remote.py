@@ -19,7 +19,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autofit import store
-from autofit.places import folders
+from autofit.files import write_whole
 from autofit.places.entry import Entry, first_fault, to_json
 from autofit.places.index import Index, Row
 from autofit.spec import BadInput
@@ -116,7 +116,7 @@ def fetch(url: str, name: str, sha256: str | None = None) -> Path:
         if sha256 is not None and _digest(data) != sha256:
             raise BadInput(f"profile {shown(url)}/{name}: not what {INDEX} lists: push it anew")
         target.parent.mkdir(parents=True, exist_ok=True)
-        folders.replace(target, data)
+        write_whole(target, data)
     except OSError as error:
         reason = f"cannot be kept ({error.strerror or error}): set AUTOFIT_HOME to another folder"
         raise BadInput(f"profile {target}: {reason}") from error

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autofit import host
+from autofit.files import write_whole
 from autofit.probe import memory
 from autofit.probe.launch import launch_s
 from autofit.spec import HEAD_SIZES, BadInput, Device, Kernel
@@ -52,17 +53,15 @@ def probe_device(device: str, *, fresh: bool = False) -> Device:
     before = memory.before_context(target)  # first: asking torch for versions makes the context
     cache = _cache_path(target)
     if not fresh and cache.exists():
-        try:
+        # Written by another version of autofit, damaged, not to be read: measured anew below.
+        with suppress(ValidationError, OSError):
             known = _DEVICE.validate_json(cache.read_bytes())
             return replace(known, host_limit_bytes=host.machine_bytes())
-        except ValidationError:
-            pass  # written by another version of autofit: measured anew below
     found = _measure(target, before)
-    with suppress(OSError):  # a folder that cannot be written costs a few seconds the next time
+    # A folder that cannot be written costs a few seconds the next time.
+    with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_bytes(_DEVICE.dump_json(found, indent=1))
-        partial.replace(cache)
+        write_whole(cache, _DEVICE.dump_json(found, indent=1))
     return found
 
 

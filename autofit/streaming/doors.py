@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from autofit import anatomy
+from autofit.fallbacks import Fallbacks, asks_for
 
 # Of a block's weights: what of it has no door stays on the device. Biases and norms are far less.
 REST_SHARE = 1 / 16
@@ -79,7 +80,7 @@ def opened(
     found = _openings(module, moving, unit_bytes)
     with ExitStack() as undo:
         if found:
-            forward = _eager_at_times(module.forward, device)
+            forward = _eager_at_times(module, device)
             undo.enter_context(anatomy.attribute(module, "forward", forward))
         for layers in found:
             undo.enter_context(_with_doors(layers, device))
@@ -100,15 +101,20 @@ def _openings(module: nn.Module, moving: Set[int], unit_bytes: int) -> list[list
     return found
 
 
-def _eager_at_times(found: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _eager_at_times(module: nn.Module, device: torch.device) -> Callable[..., Any]:
     """The operator knows of no gradients, and of no casts: what asks for them runs eagerly."""
+    found = module.forward
 
     @functools.wraps(found)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        asked = torch.is_grad_enabled() or torch.is_autocast_enabled(device.type)
+        asked = asks_for(device.type)
+        if asked is not None:
+            told.tell(asked)
         with torch.compiler.set_stance("force_eager") if asked else nullcontext():
             return found(*args, **kwargs)
 
+    told = getattr(found, "fallbacks", None) or Fallbacks(module, "eagerly, not compiled")
+    forward.fallbacks = told  # type: ignore[attr-defined]
     return forward
 
 

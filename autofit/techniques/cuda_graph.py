@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from autofit import anatomy
+from autofit import anatomy, fallbacks
+from autofit.fallbacks import Fallbacks, asks_for
 from autofit.lazy import nn, pytree, torch
 from autofit.spec import (
     Device,
@@ -24,6 +23,7 @@ from autofit.spec import (
 )
 from autofit.techniques.capture import Capturer, NotCapturable, Still, Weights
 from autofit.techniques.execution import (
+    INCOMPARABLE,
     RegionalCompile,
     filled,
     signature_of,
@@ -34,8 +34,7 @@ from autofit.techniques.execution import (
 # Each costs three forwards and memory. Inputs that vary more than this run eagerly: to drop the
 # oldest graph would mean a capture at every call where a constant differs from step to step.
 MAX_GRAPHS = 8
-_FOLDERS = re.compile(r"/[^\s'\"]*/")  # of a path
-_log = logging.getLogger(__name__)
+MOVED = "its weights moved since the capture, and a graph has their addresses"
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class CudaGraph(Technique):
         return 0.3 + (RegionalCompile.setup_s if self.compiled else 0.0)
 
     def fallbacks(self, pipe: Any) -> tuple[str, ...]:
-        graphs = getattr(anatomy.denoiser(pipe).forward, "graphs", None)
-        return () if graphs is None else tuple(_FOLDERS.sub("", told) for told in graphs.told)
+        return fallbacks.texts_of(anatomy.denoiser(pipe))
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
@@ -100,6 +98,7 @@ class CudaGraph(Technique):
                 return graphs.run(args, kwargs)
 
             forward.graphs = graphs  # type: ignore[attr-defined]  # who moves its weights says so
+            forward.fallbacks = graphs.fallbacks  # type: ignore[attr-defined]
             undo.enter_context(anatomy.attribute(denoiser, "forward", forward))
             yield
 
@@ -117,7 +116,7 @@ class _Graphs:
         self._made: dict[Hashable, _Graph | None] = {}  # None: cannot be captured
         self._places: _Places | None = None  # of the weights, when the first was captured
         self._moved = False
-        self.told: dict[str, None] = {}  # why it did not run as a graph, in order
+        self.fallbacks = Fallbacks(denoiser, "eagerly, not as a CUDA graph")
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_plain():
@@ -135,13 +134,15 @@ class _Graphs:
     def _is_plain(self) -> bool:
         """Whether a replay would do what the call asks for: it records no gradients, casts nothing
         by itself, and cannot be captured into a graph of the caller."""
-        recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(self._device.type)
-        return not (self._moved or recorded or self._capturer.is_capturing())
+        asked = asks_for(self._device.type)
+        if asked is not None:
+            self.fallbacks.tell(asked)
+        return not (self._moved or asked or self._capturer.is_capturing())
 
     def _graph(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Graph | None:
         signature = signature_of(leaves, spec)
         if signature is None:
-            self._tell("an argument cannot be compared with that of the next call")
+            self.fallbacks.tell(INCOMPARABLE)
             return None
         arrangement = self.weights.arrangement()
         if self._made and arrangement != self._arrangement:
@@ -150,14 +151,14 @@ class _Graphs:
             return None
         self._arrangement = arrangement
         if self._places and not self._places.hold():
-            self._tell("its weights moved since the capture, and a graph has their addresses")
+            self.fallbacks.tell(MOVED)
             self._moved = True
             self.drop()
             return None
         # The memory format of the inputs decides which kernels run.
         key = (*signature, *map(_layout, tensors_of(leaves)))
         if key not in self._made and len(self._made) == MAX_GRAPHS:
-            self._tell(f"its inputs vary more than the {MAX_GRAPHS} graphs that are kept")
+            self.fallbacks.tell(f"its inputs vary more than the {MAX_GRAPHS} graphs that are kept")
         elif key not in self._made:
             self._made[key] = self._captured(leaves, spec)
         return self._made.get(key)
@@ -166,16 +167,10 @@ class _Graphs:
         try:
             graph = _Graph(self._capturer, self.weights, self._found, leaves, spec, self._device)
         except NotCapturable as reason:
-            self._tell(str(reason))
+            self.fallbacks.tell(str(reason))
             return None
         self._places = self._places or _Places(self._denoiser)
         return graph
-
-    def _tell(self, reason: str) -> None:
-        text = f"{type(self._denoiser).__name__} runs eagerly, not as a CUDA graph: {reason}"
-        if text not in self.told:
-            self.told[text] = None
-            _log.warning("%s", text)
 
 
 class _Graph:

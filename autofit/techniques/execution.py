@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import platformdirs
 
-from autofit import anatomy
+from autofit import anatomy, fallbacks
+from autofit.fallbacks import Fallbacks
 from autofit.lazy import nn, pytree, torch
 from autofit.spec import (
     BadInput,
@@ -37,6 +38,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 RECOMPILE_LIMIT = 64
 # torch's own: the folder of all that it compiles, and of Triton's kernels, else in the first
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+INCOMPARABLE = "an argument cannot be compared with that of the next call"
 _TENSOR = object()  # stands for a tensor where constants are listed
 
 
@@ -44,7 +46,8 @@ _TENSOR = object()  # stands for a tensor where constants are listed
 class TracedDenoiser(Technique):
     """Record the denoiser with ``torch.jit.trace`` and replay the graph: no Python in a step.
 
-    A trace holds for one signature of the inputs and is made at the first call with it.
+    A trace holds for one signature of the inputs and is made at the first call with it. What is not
+    traced runs as it did, and is logged and told by ``fallbacks``.
     """
 
     name: ClassVar[str] = "traced"
@@ -57,6 +60,9 @@ class TracedDenoiser(Technique):
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         return {Phase.STEP: Effect(seconds=0.6)}
 
+    def fallbacks(self, pipe: Any) -> tuple[str, ...]:
+        return fallbacks.texts_of(anatomy.denoiser(pipe))
+
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
         denoiser = anatomy.denoiser(pipe)
@@ -66,6 +72,7 @@ class TracedDenoiser(Technique):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return traces.run(args, kwargs)
 
+        forward.fallbacks = traces.fallbacks  # type: ignore[attr-defined]
         with anatomy.attribute(denoiser, "forward", forward):
             yield
 
@@ -77,14 +84,17 @@ class _Traces:
         self._denoiser = denoiser
         self._found = found
         self._made: dict[Hashable, tuple[Callable[..., Any], pytree.TreeSpec]] = {}
+        self.fallbacks = Fallbacks(denoiser, "eagerly, not traced")
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         signature = signature_of(leaves, spec)
         if signature is None:
+            self.fallbacks.tell(INCOMPARABLE)
             return self._found(*args, **kwargs)
         if signature not in self._made:
             if len(self._made) == MAX_TRACES:
+                self.fallbacks.tell(f"its inputs vary more than the {MAX_TRACES} traces kept")
                 return self._found(*args, **kwargs)
             self._made[signature] = self._trace(leaves, spec)
         traced, out_spec = self._made[signature]
@@ -204,6 +214,10 @@ class RegionalCompile(Technique):
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         return {Phase.STEP: Effect(seconds=0.72, activations=0.9)}
+
+    def fallbacks(self, pipe: Any) -> tuple[str, ...]:
+        """Of the blocks that stream layer by layer: the others' code does all that they did."""
+        return fallbacks.texts_of(anatomy.denoiser(pipe))
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:

@@ -38,14 +38,12 @@ class FlexAttention(Technique):
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         """On an H100 a layer of SD 1.5 at 3840x2224 (133,440 tokens, two images of eight heads of
-        40) took 0.214 s, by cuDNN's 0.170, by flash 0.270: ``scripts/bench_attention.py``."""
+        40) took 0.224 s, by cuDNN's 0.171, by flash 0.261: ``scripts/bench_attention.py``."""
         dtype = pipeline.denoiser.dtype
         fused = [k for k in FUSED if device.answers(k, dtype, pipeline.head_sizes)]
         if not fused:
             return None
-        return (
-            f"{fused[0]} attention answers here; FlexAttention took 1.26 times as long as cuDNN's"
-        )
+        return f"{fused[0]} attention answers here; FlexAttention took 1.3 times as long as cuDNN's"
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
         return {Phase.STEP: Effect(seconds=1.0)}

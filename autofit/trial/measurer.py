@@ -162,7 +162,7 @@ class Worker:
         ours, theirs = _socket_pair()
         read_life, self._life = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autofit.trial.worker", str(theirs.fileno()), str(read_life)],
+            [sys.executable, "-m", "autofit.lifeline", str(theirs.fileno()), str(read_life)],
             pass_fds=(theirs.fileno(), read_life),
             stdin=subprocess.DEVNULL,
             stdout=self._log,

@@ -1,15 +1,9 @@
-"""The worker's main: build a pipe, then answer requests until the parent closes the connection.
-
-python -m autofit.trial.worker CONNECTION_FD LIFE_FD
-"""
+"""What a worker does (``lifeline.py`` is its main): build a pipe, then answer requests until the
+parent closes the connection."""
 
 from __future__ import annotations
 
 import gc
-import os
-import signal
-import sys
-import threading
 from multiprocessing.connection import Connection
 
 from autofit import architectures, pinning, probe
@@ -48,20 +42,3 @@ def serve(connection: Connection) -> None:
                 connection.send(measure(pipe, request, outside))
             except NothingFits as error:
                 connection.send(str(error))
-
-
-def _die_with_parent(life: int) -> None:
-    """The parent holds the other end; when it is gone, however it went, this read returns. The
-    compilers that this process may have started go with it."""
-    os.read(life, 1)
-    os.killpg(os.getpid(), signal.SIGKILL)
-
-
-def main() -> None:
-    connection = Connection(int(sys.argv[1]))
-    threading.Thread(target=_die_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
-    serve(connection)
-
-
-if __name__ == "__main__":
-    main()
