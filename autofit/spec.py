@@ -241,6 +241,7 @@ class Slot(StrEnum):
     PRECISION = "precision"
     DENOISER_FORMAT = "denoiser_format"
     VAE_FORMAT = "vae_format"
+    NORM = "norm"
     DECODE = "decode"
     FEED_FORWARD = "feed_forward"
     EXECUTION = "execution"

@@ -340,12 +340,12 @@ def no_compiler(device: Device) -> str | None:
     if device.kind == "cpu":
         compilers: tuple[str, ...] = (os.environ.get("CXX", "g++"),)
     elif importlib.util.find_spec("triton") is None:
-        return "torch.compile needs triton on CUDA; install triton"
+        return "it needs triton on CUDA; install triton"
     else:
         compilers = (os.environ.get("CC", "gcc"), "gcc", "clang")  # triton builds its launchers
     if any(map(shutil.which, compilers)):
         return None
-    return f"torch.compile found no {compilers[0]} on {device.name}; install it or set CC and CXX"
+    return f"there is no {compilers[0]} for it on {device.name}; install one or set CC and CXX"
 
 
 EXECUTIONS: tuple[Technique, ...] = (TracedDenoiser(), RegionalCompile())

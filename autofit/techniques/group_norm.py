@@ -1,98 +1,144 @@
-"""Take the moments of the VAE's group norms with all of the card."""
+"""Group norms, and the SiLU after them, by kernels that all of a card takes part in."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from autofit import anatomy
+from autofit import anatomy, fallbacks
 from autofit.lazy import nn, torch
 from autofit.spec import Device, Effect, Fidelity, Phase, Pipeline, Slot, Technique, Workload
+from autofit.techniques.execution import no_compiler
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class ParallelGroupNorm(Technique):
-    """Sum up each group of the VAE's group norms in many blocks of threads.
+class TritonGroupNorm(Technique):
+    """Run the group norms of the denoiser and the VAE in Triton, with the SiLU that follows.
 
-    torch takes a group's moments in one block, 32 blocks an image, of which most of a card's SMs
-    see nothing (aten/src/ATen/native/cuda/group_norm_kernel.cu). Sums and norms are reduced by as
-    many blocks as a card has room for. Channels-last inputs, which torch reduces by
-    other kernels, and what records gradients stay with torch.
+    torch takes the moments of a group in one block of threads, 32 an image, and most of a card's
+    multiprocessors see none (aten/src/ATen/native/cuda/group_norm_kernel.cu); channels last it
+    takes longer yet. Calls that record gradients, under autocast or being traced stay with torch.
     """
 
-    name: ClassVar[str] = "parallel_group_norm"
-    slot: ClassVar[Slot] = Slot.VAE_FORMAT
+    name: ClassVar[str] = "triton_group_norm"
+    slot: ClassVar[Slot] = Slot.NORM
     fidelity: ClassVar[Fidelity] = Fidelity.NUMERIC  # other order of the same sums
+    setup_s: ClassVar[float] = 0.3
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
-        vae = anatomy.vae(pipe)
-        assert vae is not None  # why_not
         with ExitStack() as undo:
-            for module in vae.modules():
-                if isinstance(module, nn.GroupNorm):
-                    forward = _parallel(module, module.forward)
+            for component in filter(None, (anatomy.denoiser(pipe), anatomy.vae(pipe))):
+                found = {m: m.forward for m in component.modules() if _is_plain(m)}
+                followed = {n: s for n, s in _followed(component) if n in found and s in found}
+                after = {silu: _Silu(found[silu]) for silu in followed.values()}
+                for module, forward in found.items():
+                    if isinstance(module, nn.GroupNorm):
+                        silu = followed.get(module)
+                        forward = _normed(module, None if silu is None else after[silu])
+                    elif module in after:
+                        forward = after[module].forward
                     undo.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
-        return None if pipeline.vae is not None else "the pipe has no VAE"
+        if device.kind != "cuda":
+            return "its kernels are for CUDA"
+        if device.capability is not None and device.capability < (7, 0):
+            return f"Triton needs a card of compute capability 7.0; {device.name} is older"
+        return no_compiler(device)
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
-        if device.kind != "cuda":
-            return "group norm takes all of a CPU as it is"
         vae = pipeline.vae
-        return None if vae is None or vae.convolutional else "the VAE has no convolutions"
+        if pipeline.denoiser.convolutional or (vae is not None and vae.convolutional):
+            return None
+        return "neither the denoiser nor the VAE has convolutions, which group norms go with"
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        return {Phase.DECODE: Effect(seconds=0.9)}
+        touched = {Phase.DECODE: Effect(seconds=0.6)}
+        if pipeline.denoiser.convolutional:
+            touched[Phase.STEP] = Effect(seconds=0.85)
+        return touched
 
 
-GROUP_NORMS: tuple[Technique, ...] = (ParallelGroupNorm(),)
+GROUP_NORMS: tuple[Technique, ...] = (TritonGroupNorm(),)
 
 
-def _parallel(
-    norm: nn.GroupNorm, found: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _followed(component: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Norms after which diffusers runs SiLU at once, each with it."""
+    from diffusers.models.autoencoders.vae import Decoder, Encoder
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    for module in component.modules():
+        if type(module) is ResnetBlock2D:
+            yield module.norm1, module.nonlinearity
+            if module.time_embedding_norm == "default":  # else scaled and shifted before it
+                yield module.norm2, module.nonlinearity
+        elif type(module) in (Decoder, Encoder, UNet2DConditionModel):
+            yield module.conv_norm_out, module.conv_act
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Run by nobody else: a user's wrapper is kept."""
+    return type(module) in (nn.GroupNorm, nn.SiLU) and "forward" not in vars(module)
+
+
+class _Silu:
+    """SiLU, but nothing where the norm before it has taken it along."""
+
+    def __init__(self, found: Forward) -> None:
+        self._found = found
+        self.taken = False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.taken:
+            self.taken = False
+            return images
+        return self._found(images)
+
+
+def _normed(norm: nn.GroupNorm, silu: _Silu | None) -> Forward:
+    from autofit.techniques.group_norm_kernels import group_norm
+
+    found: Forward = norm.forward
+
     @functools.wraps(found)
     def forward(images: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or not images.is_contiguous():
+        taken = _is_taken(images, norm)
+        if silu is not None:
+            silu.taken = taken
+        if not taken:
             return found(images)
-        return group_norm(images, norm)
+        fused = silu is not None
+        return group_norm(images, norm.num_groups, norm.weight, norm.bias, norm.eps, fused)
 
     return forward
 
 
-def group_norm(images: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """Group norm of (batch, channels, *sizes), contiguous, as ``norm`` takes it.
-
-    Moments are of float32 at least. No more is held than the result.
-    """
-    batch, channels, *sizes = images.shape
-    mean, variance = _moments(images.view(batch, norm.num_groups, -1))
-    each = channels // norm.num_groups
-    mean, scale = (t.repeat_interleave(each, 1) for t in (mean, (variance + norm.eps).rsqrt()))
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(scale.dtype)
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(shift.dtype)
-    by_channel = batch, channels, *([1] * len(sizes))
-    made = torch.empty_like(images)
-    return torch.addcmul(shift.view(by_channel), images, scale.view(by_channel), out=made)
+def _is_taken(images: torch.Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether the kernels do what torch would."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_compiling():
+        return False
+    if images.device.type != "cuda" or fallbacks.asks_for("cuda") is not None:
+        return False
+    if images.dtype is torch.bfloat16:
+        known = torch.cuda.get_device_capability(images.device) >= (8, 0)
+    else:
+        known = images.dtype in (torch.float16, torch.float32)
+    here = norm.weight is None or norm.weight.device == images.device
+    return known and here and images.numel() > 0 and _is_flat(images)
 
 
-def _moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance along the last dimension. Of half precision torch would return them in it;
-    what its values tell of a variance, sums in float32 tell too."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    if rows.dtype == wide:
-        variance, mean = torch.var_mean(rows, -1, correction=0)
-        return mean, variance
-    count = rows.shape[-1]
-    mean = rows.sum(-1, dtype=wide) / count
-    square = torch.linalg.vector_norm(rows, dim=-1, dtype=wide).square() / count
-    return mean, (square - mean.square()).clamp_min(0)
+def _is_flat(images: torch.Tensor) -> bool:
+    """Whether ``images.flatten(2)`` is a view."""
+    sizes, strides = images.shape[2:], images.stride()[2:]
+    pairs = itertools.pairwise(zip(sizes, strides, strict=True))
+    return bool(sizes) and all(outer == stride * size for (_, outer), (size, stride) in pairs)
