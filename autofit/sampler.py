@@ -348,6 +348,7 @@ class _Choices:
         self.first = np.array([t.slot in FIRST for t in techniques])
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
+        self.told_apart = np.array([not t.is_sure for t in techniques])
         placing = [t.slot is Slot.PLACEMENT for t in techniques]
         hopes = np.array([cost.hope(t, task.basis) for t in techniques])
         self._hopes = {
@@ -401,12 +402,13 @@ class _Choices:
     def one_change(self) -> Any:
         """Plans in which what is new can be told apart: how things are placed, cast and decoded,
         which often fits only together; or one choice that the steps feel and one that only the
-        decoding feels, since the phases are timed apart. What broke with others comes alone."""
-        placing = self.used @ (self._unseen * self.first)
-        others = self.used @ (self._unseen * ~self.first)
-        placed = self.used @ (self._unseen * (self.first & ~self.decodes))
-        decoding = self.used @ (self._unseen * self.decodes)
-        stepping = self.used @ (self._unseen * ~(self.first | self.decodes))
+        decoding feels, since the phases are timed apart. What is sure to gain comes with any. What
+        broke with others comes alone."""
+        new = self._unseen * self.told_apart
+        placing, others = self.used @ (new * self.first), self.used @ (new * ~self.first)
+        placed = self.used @ (new * (self.first & ~self.decodes))
+        decoding = self.used @ (new * self.decodes)
+        stepping = self.used @ (new * ~(self.first | self.decodes))
         apart = (placed == 0) & (np.maximum(decoding, stepping) <= MAX_NEW)
         alone = (self.novelty() <= 1) | (self.used @ (self._unseen * self._doubted) == 0)
         return alone & (apart | ((placing > 0) + others <= MAX_NEW))

@@ -34,6 +34,7 @@ from autofit.spec import (
 )
 from autofit.techniques.attention import SdpaKernel
 from autofit.techniques.cuda_graph import CudaGraph
+from autofit.techniques.group_norm import TritonGroupNorm
 from autofit.techniques.placement import Resident
 from autofit.techniques.space import legal_plans
 
@@ -286,6 +287,15 @@ def test_what_broke_with_others_comes_alone() -> None:
 
     found = [a.plan.label for a in search(task(gib(24), plans), measure).attempts]
     assert found[:3] == ["resident", pair, alone]
+
+
+def test_what_is_sure_to_gain_comes_with_any_change() -> None:
+    with_graph = next(p for p in PLANS if p.label == "cuda_graph + resident")
+    both = Plan((TritonGroupNorm(), *with_graph.techniques))
+    normed = Plan((TritonGroupNorm(), with_graph.placement))
+    plain = Plan((with_graph.placement,))
+    found = search(task(gib(24), (plain, with_graph, normed, both)), World(gib(24)).measure)
+    assert [a.plan for a in found.attempts][:2] == [plain, both]
 
 
 def test_steps_too_slow_say_nothing_of_what_only_the_decoding_feels() -> None:

@@ -14,6 +14,7 @@ import triton.language as tl
 TILE = 4096  # elements that a block of threads takes at a time
 ROW = 64  # of these, channels that lie side by side in channels-last images
 BLOCKS = 8  # of threads, a multiprocessor
+COMBINED = 16, 64  # channels and parts at a time: the same for all norms, to be compiled once
 
 
 def group_norm(
@@ -51,7 +52,7 @@ def group_norm(
         _moments[grid](x, of_parts, channels, size, split, *x.stride(), wide, long)
         _combine[batch, groups](
             of_parts, of_channels, weight, bias, channels, each, size, split, splits, eps,
-            triton.next_power_of_2(each), triton.next_power_of_2(splits), with_weight, with_bias,
+            *COMBINED, with_weight, with_bias,
         )  # fmt: skip
         strides = (*x.stride(), *y.stride())
         _scale[grid](x, y, of_channels, channels, size, split, *strides, wide, long, silu)
@@ -94,38 +95,42 @@ def _moments(
     tl.store(squares + at, tl.sum(square, 1) - count * off * off, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "each", "size", "split", "splits"])
 def _combine(
     means, scales, weight, bias, channels, each, size, split, splits, eps,
-    EACH: tl.constexpr, SPLITS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Of the parts of a group, what its channels are multiplied by and what is added (Chan, Golub
     and LeVeque 1979)."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column, part = tl.arange(0, EACH), tl.arange(0, SPLITS)
-    channel = group * each + column
-    taken = (part < splits)[:, None] & (column < each)[None, :]
-    at = (image * splits + part[:, None]) * channels + channel[None, :]
+    first = group * each
     squares = means + tl.num_programs(0).to(tl.int64) * splits * channels
-    count = tl.minimum(size - part * split, split).to(tl.float32)[:, None]
-    mean = tl.load(means + at, taken, 0.0)
-    total = each * size
-    shift = tl.load(means + image * splits * channels + group * each)
-    off = tl.sum(tl.where(taken, (mean - shift) * count, 0.0)) / total
-    apart = mean - shift - off
-    square = tl.load(squares + at, taken, 0.0) + count * apart * apart
-    variance = tl.sum(tl.where(taken, square, 0.0)) / total
-    here = column < each
-    scale = tl.full((EACH,), 1.0, tl.float32) * tl.rsqrt(variance + eps)
-    add = tl.zeros((EACH,), tl.float32)
-    if WEIGHT:
-        scale *= tl.load(weight + channel, here, 0.0).to(tl.float32)
-    if BIAS:
-        add += tl.load(bias + channel, here, 0.0).to(tl.float32)
-    at = image * channels + channel
+    shift = tl.load(means + image * splits * channels + first)
+    columns, rows = tl.arange(0, WIDE), tl.arange(0, LONG)
+    total = tl.zeros((LONG, WIDE), tl.float32)
+    square = tl.zeros((LONG, WIDE), tl.float32)
+    for part in range(0, splits, LONG):
+        count = tl.minimum(size - (part + rows) * split, split).to(tl.float32)[:, None]
+        for column in range(0, each, WIDE):
+            taken = (part + rows < splits)[:, None] & (column + columns < each)[None, :]
+            at = (image * splits + part + rows[:, None]) * channels + first + column + columns
+            off = tl.load(means + at, taken, 0.0) - shift
+            total += tl.where(taken, count * off, 0.0)
+            square += tl.where(taken, tl.load(squares + at, taken, 0.0) + count * off * off, 0.0)
+    off = tl.sum(total) / (each * size)
+    variance = tl.maximum(tl.sum(square) / (each * size) - off * off, 0.0)
     shifts = scales + tl.num_programs(0) * channels
-    tl.store(scales + at, scale, here)
-    tl.store(shifts + at, add - (shift + off) * scale, here)
+    for column in range(0, each, WIDE):
+        here = column + columns < each
+        channel = first + column + columns
+        scale = tl.full((WIDE,), 1.0, tl.float32) * tl.rsqrt(variance + eps)
+        add = tl.zeros((WIDE,), tl.float32)
+        if WEIGHT:
+            scale *= tl.load(weight + channel, here, 0.0).to(tl.float32)
+        if BIAS:
+            add += tl.load(bias + channel, here, 0.0).to(tl.float32)
+        tl.store(scales + image * channels + channel, scale, here)
+        tl.store(shifts + image * channels + channel, add - (shift + off) * scale, here)
 
 
 @triton.jit
