@@ -375,13 +375,20 @@ class _Choices:
         self._unseen[mine] = 0
         if isinstance(outcome, Measurement):
             self._untimed[mine] = 0
-            alike = self._setup_s[self._placement[number]]
-            alike[mine] = np.minimum(alike[mine], outcome.warmup_s)
+            self._learn_setup(number, mine & ~new, new, outcome.warmup_s)
         elif not ran_out(outcome):
             # Its steps were too slow, perhaps by what is new in them: it never decoded.
             untimed = mine & (self._untimed == 1)
             stepping = untimed & ~self.decodes
             self._untimed[stepping if stepping.any() else untimed] = 0
+
+    def _learn_setup(self, number: int, known: Any, new: Any, setup_s: float) -> None:
+        """What is sure to gain is taken at its word while other new choices come with it: it is
+        they that took the time."""
+        if (new & self.told_apart).any():
+            new = new & self.told_apart
+        alike = self._setup_s[self._placement[number]]
+        alike[known | new] = np.minimum(alike[known | new], setup_s)
 
     def novelty(self) -> Any:
         """How many choices of each plan were never seen."""

@@ -148,6 +148,7 @@ class Component:
     blocks: tuple[BlockList, ...] = ()
     groups: bool = True  # diffusers' group offload supports it
     convolutional: bool = False
+    group_norms: bool = False
     leaves: int = 0  # modules with weights of their own: what leaf-level offload hooks
     mapped_bytes: int = 0  # of its weights, what lies in mapped files: the host may forget it
     kept_bytes: int = 0  # of its weights in float32, what a cast to float16 leaves so

@@ -104,6 +104,7 @@ class TestFacts:
         found, unet = facts[model], model in ("tiny-sd", "tiny-sdxl")
         assert found.sliceable_attention is unet
         assert found.denoiser.convolutional is unet
+        assert found.denoiser.group_norms is unet
         assert found.batched_guidance is (model != "tiny-flux")
         assert (found.vae_slices, found.vae_tiles, found.vae_channels) == (True, "attributes", 16)
 

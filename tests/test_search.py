@@ -34,6 +34,7 @@ from autofit.spec import (
 )
 from autofit.techniques.attention import SdpaKernel
 from autofit.techniques.cuda_graph import CudaGraph
+from autofit.techniques.execution import RegionalCompile
 from autofit.techniques.group_norm import TritonGroupNorm
 from autofit.techniques.placement import Resident
 from autofit.techniques.space import legal_plans
@@ -296,6 +297,24 @@ def test_what_is_sure_to_gain_comes_with_any_change() -> None:
     plain = Plan((with_graph.placement,))
     found = search(task(gib(24), (plain, with_graph, normed, both)), World(gib(24)).measure)
     assert [a.plan for a in found.attempts][:2] == [plain, both]
+
+
+def test_a_long_set_up_is_not_laid_to_what_is_sure_to_gain() -> None:
+    """Where compiling takes longer than it gains, the norms are tried without it."""
+    resident = next(p.placement for p in PLANS if p.label == "resident")
+    plain, normed, both = (
+        Plan((*techniques, resident))
+        for techniques in ((), (TritonGroupNorm(),), (TritonGroupNorm(), RegionalCompile()))
+    )
+    world = World(gib(24))
+
+    def measure(plan: Plan, give_up_s: float | None) -> Outcome:
+        outcome = world.measure(plan, give_up_s)
+        assert isinstance(outcome, Measurement)
+        return replace(outcome, warmup_s=60.0 if plan == both else 1.0)
+
+    found = search(task(gib(24), (plain, normed, both)), measure)
+    assert [a.plan for a in found.attempts] == [plain, both, normed]
 
 
 def test_steps_too_slow_say_nothing_of_what_only_the_decoding_feels() -> None:

@@ -27,8 +27,10 @@ from autofit import anatomy, techniques
 from autofit.spec import (
     BadInput,
     Fidelity,
+    Phase,
     Placement,
     Plan,
+    Role,
     Slot,
     Technique,
 )
@@ -36,6 +38,7 @@ from autofit.techniques import CANDIDATES, CLASHES, KINDS, Clash, execution
 from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.execution import RegionalCompile, TracedDenoiser
 from autofit.techniques.feed_forward import ChunkedFeedForward
+from autofit.techniques.group_norm import TritonGroupNorm
 from autofit.techniques.group_offload import GroupOffload
 from autofit.techniques.guidance import TwoPasses
 from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
@@ -95,6 +98,16 @@ def test_channels_last_is_pointless_without_convolutions() -> None:
     flat = dataclasses.replace(FACTS.denoiser, convolutional=False)
     facts = dataclasses.replace(FACTS, components=(flat,))
     assert ChannelsLastDenoiser().why_pointless(facts, samples.device(), WORKLOAD)
+
+
+def test_kernels_for_group_norms_are_pointless_without_them() -> None:
+    without = tuple(dataclasses.replace(c, group_norms=False) for c in FACTS.components)
+    of_vae = tuple(dataclasses.replace(c, group_norms=c.role is Role.VAE) for c in FACTS.components)
+    norms, device = TritonGroupNorm(), samples.device()
+    for components, reason in ((without, "there are no group norms"), (of_vae, None)):
+        facts = dataclasses.replace(FACTS, components=components)
+        assert norms.why_pointless(facts, device, WORKLOAD) == reason
+    assert set(norms.effects(facts, WORKLOAD)) == {Phase.DECODE}
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def _component(name: str, module: nn.Module, ranges: Sequence[tuple[int, int]]) 
         convolutional=any(
             isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in module.modules()
         ),
+        group_norms=any(isinstance(m, nn.GroupNorm) for m in module.modules()),
         leaves=sum(_bytes([m]) > 0 for m in module.modules()),
         mapped_bytes=_mapped_bytes(module, ranges),
         kept_bytes=_kept_bytes(module),

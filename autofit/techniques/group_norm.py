@@ -55,15 +55,17 @@ class TritonGroupNorm(Technique):
         return no_compiler(device)
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
-        vae = pipeline.vae
-        if pipeline.denoiser.convolutional or (vae is not None and vae.convolutional):
-            return None
-        return "neither the denoiser nor the VAE has convolutions, which group norms go with"
+        return None if self.effects(pipeline, workload) else "there are no group norms"
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        touched = {Phase.DECODE: Effect(seconds=0.62)}
-        if pipeline.denoiser.convolutional:
+        """In trials on an H100, captured with compiled blocks, SDXL at 1024x1024 took 0.90 of its
+        steps' time and 0.67 of its decode's; SD 1.5 at 512x512 0.89 to 0.95 of its steps', and at
+        3840x2224, where these are attention, 0.97."""
+        touched = {}
+        if pipeline.denoiser.group_norms:
             touched[Phase.STEP] = Effect(seconds=0.87)
+        if pipeline.vae is not None and pipeline.vae.group_norms:
+            touched[Phase.DECODE] = Effect(seconds=0.62)
         return touched
 
 
