@@ -104,6 +104,13 @@ def tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
                     yield owner, name, tensor
 
 
+def users_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks on a module that are not autofit's."""
+    tables = (module._forward_pre_hooks, module._forward_hooks)
+    hooks = [hook for table in tables for hook in table.values()]
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("autofit.")]
+
+
 @contextmanager
 def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute of one object; on exit the object's own ``__dict__`` is as it was."""

@@ -189,7 +189,7 @@ def state(pipe: Any) -> list[Any]:
     found: list[Any] = []
     for part in anatomy.denoiser(pipe).modules():
         own = vars(part)
-        found += [part, own.get("processor"), *_users_hooks(part)]
+        found += [part, own.get("processor"), *anatomy.users_hooks(part)]
         if "merged_adapters" in own:
             found += [list(own["merged_adapters"]), dict(own.get("scaling", {}))]
             found += [own.get("_disable_adapters"), own.get("_active_adapter")]
@@ -203,15 +203,9 @@ def heard(plan: Plan, pipe: Any) -> Plan:
         return plan
     denoiser = anatomy.denoiser(pipe)
     for name, part in denoiser.named_modules():
-        if part is not denoiser and _users_hooks(part):
+        if part is not denoiser and anatomy.users_hooks(part):
             where = f"{type(denoiser).__name__}.{name}"
             text = "%s has a forward hook, which %s would not call: eager until the hook is removed"
             _log.warning(text, where, replays[0].label)
             return Plan(tuple(t for t in plan.techniques if t not in replays))
     return plan
-
-
-def _users_hooks(part: nn.Module) -> list[Any]:
-    tables = (part._forward_pre_hooks, part._forward_hooks)
-    hooks = [hook for table in tables for hook in table.values()]
-    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("autofit.")]

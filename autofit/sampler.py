@@ -2,8 +2,9 @@
 
 The first trial is the plan predicted fastest among those with nothing unusual in them, then one new
 choice at a time in the steps and one in the decoding (what changed is then what made the
-difference), each with the hope that its technique states, until no untried plan is predicted to
-win. Each hope that fails, since the last gain, takes a part of all that are left.
+difference; what is sure to gain comes with any), each with the hope that its technique states,
+until no untried plan is predicted to win. Each hope that fails, since the last gain, takes a part
+of all that are left.
 """
 
 from __future__ import annotations
@@ -349,10 +350,10 @@ class _Choices:
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
         self.told_apart = np.array([not t.is_sure for t in techniques])
-        placing = [t.slot is Slot.PLACEMENT for t in techniques]
+        self.placing = np.array([t.slot is Slot.PLACEMENT for t in techniques])
         hopes = np.array([cost.hope(t, task.basis) for t in techniques])
         self._hopes = {
-            p: hopes * [moves or p in t for moves, t in zip(placing, touched, strict=True)]
+            p: hopes * [moves or p in t for moves, t in zip(self.placing, touched, strict=True)]
             for p in Phase
         }
         self._untimed = np.ones(len(self.labels), dtype=np.int16)
@@ -375,20 +376,20 @@ class _Choices:
         self._unseen[mine] = 0
         if isinstance(outcome, Measurement):
             self._untimed[mine] = 0
-            self._learn_setup(number, mine & ~new, new, outcome.warmup_s)
+            self._learn_setup(number, mine, outcome.warmup_s)
         elif not ran_out(outcome):
             # Its steps were too slow, perhaps by what is new in them: it never decoded.
             untimed = mine & (self._untimed == 1)
             stepping = untimed & ~self.decodes
             self._untimed[stepping if stepping.any() else untimed] = 0
 
-    def _learn_setup(self, number: int, known: Any, new: Any, setup_s: float) -> None:
-        """What is sure to gain is taken at its word while other new choices come with it: it is
-        they that took the time."""
-        if (new & self.told_apart).any():
-            new = new & self.told_apart
+    def _learn_setup(self, number: int, mine: Any, setup_s: float) -> None:
+        """What is sure to gain is taken at its word while other choices but the placement are in
+        the plan: it may be they that took the time."""
+        others = mine & self.told_apart & ~self.placing
+        taken = mine & self.told_apart if others.any() else mine
         alike = self._setup_s[self._placement[number]]
-        alike[known | new] = np.minimum(alike[known | new], setup_s)
+        alike[taken] = np.minimum(alike[taken], setup_s)
 
     def novelty(self) -> Any:
         """How many choices of each plan were never seen."""

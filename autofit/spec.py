@@ -277,7 +277,7 @@ class Technique(ABC):
     slot: ClassVar[Slot]
     reversible: ClassVar[bool] = True
     hope: ClassVar[float] = 0.25  # by how much its phases may be faster than it states, until seen
-    is_sure: ClassVar[bool] = False  # it gains where it works: no trial is spent to tell it apart
+    is_sure: ClassVar[bool] = False  # it gains where it works: no trial need tell it apart
 
     @property
     @abstractmethod

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import Pipes
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from autofit import anatomy
 from autofit.architectures import load
-from autofit.techniques import group_norm
+from autofit.techniques import normed
 from autofit.techniques.group_norm import TritonGroupNorm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -37,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls, stands = Calls(), ModuleType("kernels")
     stands.group_norm = calls.group_norm  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "autofit.techniques.group_norm_kernels", stands)
-    monkeypatch.setattr(group_norm, "_is_taken", lambda images, norm: images.requires_grad is False)
+    monkeypatch.setattr(normed, "is_taken", lambda images, norm: True)
     return calls
 
 
@@ -61,26 +64,6 @@ def test_silu_is_run_once_after_each_norm(name: str, pipes: Pipes, calls: Calls)
     assert len(calls) == before
 
 
-def test_a_norm_that_is_scaled_before_silu_leaves_silu(calls: Calls) -> None:
-    from diffusers.models.resnet import ResnetBlock2D
-
-    class Owner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = ResnetBlock2D(
-                in_channels=32, temb_channels=8, groups=4, time_embedding_norm="scale_shift"
-            )
-
-    owner, pipe = Owner().eval(), type("Pipe", (), {})()
-    pipe.unet, pipe.components = owner, {"unet": owner}
-    images, temb = torch.randn(1, 32, 8, 8), torch.randn(1, 8)
-    with torch.no_grad():
-        expected = owner.block(images, temb)
-        with TritonGroupNorm().applied(pipe, "cpu"):
-            assert torch.equal(owner.block(images, temb), expected)
-    assert calls == [True, False]
-
-
 def test_a_norm_of_the_users_own_is_kept(pipes: Pipes, calls: Calls) -> None:
     pipe = copy.deepcopy(pipes["tiny-sd"])
     vae: Any = anatomy.vae(pipe)
@@ -100,20 +83,87 @@ def test_a_norm_of_the_users_own_is_kept(pipes: Pipes, calls: Calls) -> None:
     assert len(seen) == 2
 
 
-def test_silu_after_a_call_that_failed_is_run(pipes: Pipes, calls: Calls) -> None:
-    """Where the norm was taken along but what comes between failed, the next call is right."""
-    pipe = copy.deepcopy(pipes["tiny-sd"])
-    expected = images_of(pipe)
-    vae: Any = anatomy.vae(pipe)
+class Block:
+    """A block of a UNet with its pipe, and what it makes."""
+
+    def __init__(self, scaled: bool = False) -> None:
+        kind = "scale_shift" if scaled else "default"
+        unet = nn.Module()
+        torch.manual_seed(0)
+        unet.block = ResnetBlock2D(
+            in_channels=32, temb_channels=8, groups=4, time_embedding_norm=kind
+        )
+        self.unet: Any = unet.eval()
+        self.components = {"unet": unet}
+        self.inputs = torch.randn(1, 32, 8, 8), torch.randn(1, 8)
+
+    @torch.no_grad()
+    def made(self, block: Any = None) -> torch.Tensor:
+        made: torch.Tensor = (block or self.unet.block)(*self.inputs)
+        return made
+
+
+def test_a_norm_that_is_scaled_before_silu_leaves_silu(calls: Calls) -> None:
+    pipe = Block(scaled=True)
+    expected = pipe.made()
     with TritonGroupNorm().applied(pipe, "cpu"):
-        vae.decoder.conv_norm_out(torch.randn(1, vae.decoder.conv_norm_out.num_channels, 4, 4))
-        assert (images_of(pipe) == expected).all()
+        assert torch.equal(pipe.made(), expected)
+    assert calls == [True, False]
+
+
+def test_a_hook_between_norm_and_silu_sees_the_norm(calls: Calls) -> None:
+    pipe, seen = Block(), []
+    with TritonGroupNorm().applied(pipe, "cpu"):
+        handle = pipe.unet.block.norm2.register_forward_hook(lambda m, i, out: out * 0.5)
+        other = pipe.unet.block.nonlinearity.register_forward_hook(lambda m, i, out: seen.append(i))
+        found = pipe.made()
+        other.remove()
+        assert torch.equal(pipe.made(), found)
+    assert torch.equal(pipe.made(), found)
+    handle.remove()
+    assert calls == [False, False, True, False]
+    assert len(seen) == 3
+
+
+def test_another_activation_in_its_place_is_run(calls: Calls) -> None:
+    pipe = Block()
+    with TritonGroupNorm().applied(pipe, "cpu"):
+        pipe.unet.block.nonlinearity = nn.ReLU()
+        found = pipe.made()
+    assert torch.equal(pipe.made(), found)
+
+
+def test_a_copy_of_a_part_is_a_copy(calls: Calls) -> None:
+    pipe = Block()
+    expected = pipe.made()
+    with TritonGroupNorm().applied(pipe, "cpu"):
+        copied = copy.deepcopy(pipe.unet.block)
+        nn.init.zeros_(pipe.unet.block.norm1.weight)
+        assert torch.equal(pipe.made(copied), expected)
+    assert all(calls)
+
+
+def test_two_threads_run_one_block(calls: Calls) -> None:
+    pipe = Block()
+    expected = pipe.made()
+    with TritonGroupNorm().applied(pipe, "cpu"), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: pipe.made(), range(200)))
+    assert all(torch.equal(made, expected) for made in found)
+
+
+def test_what_accelerate_leaves_behind_is_plain(calls: Calls) -> None:
+    pipe = Block()
+    norm = pipe.unet.block.norm1
+    norm.forward = norm.forward  # as its remove_hook_from_module does
+    with TritonGroupNorm().applied(pipe, "cpu"):
+        pipe.made()
+    assert calls == [True, True]
 
 
 def test_what_the_kernels_cannot_do_stays_with_torch(pipes: Pipes) -> None:
     norm = nn.GroupNorm(4, 8)
     with torch.no_grad():
-        assert not group_norm._is_taken(torch.randn(1, 8, 4, 4), norm)  # on the CPU
+        assert not normed.is_taken(torch.randn(1, 8, 4, 4), norm)  # on the CPU
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 8, 15), (2, 8, 2, 3, 5)], ids=str)
@@ -126,7 +176,7 @@ def test_flat_is_what_torch_can_view(shape: tuple[int, ...]) -> None:
             viewed = given.dim() > 2
         except RuntimeError:
             viewed = False
-        if group_norm._is_flat(given):
+        if normed._is_flat(given):
             assert viewed  # the reverse may not hold where a size is 1
         elif 1 not in given.shape:
             assert not viewed
@@ -185,14 +235,18 @@ def test_frames_and_tokens() -> None:
 def test_what_records_gradients_or_autocasts_stays_with_torch() -> None:
     norm = nn.GroupNorm(4, 8).to("cuda:0")
     images = torch.randn(1, 8, 4, 4, device="cuda:0")
-    assert not group_norm._is_taken(images, norm)
+    assert not normed.is_taken(images, norm)
     with torch.no_grad():
-        assert group_norm._is_taken(images, norm)
-        assert not group_norm._is_taken(images[..., 1:], norm)
-        assert not group_norm._is_taken(images.double(), norm)
-        assert not group_norm._is_taken(images.cpu(), norm)
+        assert normed.is_taken(images, norm)
+        assert not normed.is_taken(images[..., 1:], norm)
+        assert not normed.is_taken(images.double(), norm)
+        assert not normed.is_taken(images.cpu(), norm)
+        assert not normed.is_taken(images.half(), norm)
+        assert not normed.is_taken(images[:, :4], norm)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert not normed.is_taken(images, norm)
         with torch.autocast("cuda"):
-            assert not group_norm._is_taken(images, norm)
+            assert not normed.is_taken(images, norm)
 
 
 @pytest.mark.gpu

@@ -300,21 +300,25 @@ def test_what_is_sure_to_gain_comes_with_any_change() -> None:
 
 
 def test_a_long_set_up_is_not_laid_to_what_is_sure_to_gain() -> None:
-    """Where compiling takes longer than it gains, the norms are tried without it."""
+    """Where compiling and capturing take longer than they gain, the norms are tried without."""
     resident = next(p.placement for p in PLANS if p.label == "resident")
-    plain, normed, both = (
+    norms = TritonGroupNorm()
+    plain, normed, compiled, captured = (
         Plan((*techniques, resident))
-        for techniques in ((), (TritonGroupNorm(),), (TritonGroupNorm(), RegionalCompile()))
+        for techniques in ((), (norms,), (norms, RegionalCompile()), (norms, CudaGraph()))
     )
+    took_s = {compiled: 60.0, captured: 40.0}
     world = World(gib(24))
 
     def measure(plan: Plan, give_up_s: float | None) -> Outcome:
         outcome = world.measure(plan, give_up_s)
         assert isinstance(outcome, Measurement)
-        return replace(outcome, warmup_s=60.0 if plan == both else 1.0)
+        return replace(outcome, warmup_s=took_s.get(plan, 1.0))
 
-    found = search(task(gib(24), (plain, normed, both)), measure)
-    assert [a.plan for a in found.attempts] == [plain, both, normed]
+    found = search(task(gib(24), (plain, normed, compiled, captured)), measure)
+    assert found.attempts[0].plan == plain
+    assert {a.plan for a in found.attempts[:3]} == {plain, compiled, captured}
+    assert found.attempts[-1].plan == normed
 
 
 def test_steps_too_slow_say_nothing_of_what_only_the_decoding_feels() -> None:

@@ -59,6 +59,11 @@ CLASHES: tuple[Clash, ...] = (
         "the trace bypasses the hooks that move the layers",
     ),
     Clash(
+        "traced",
+        "triton_group_norm",
+        "a trace records torch's norms, and runs these kernels never",
+    ),
+    Clash(
         "regional_compile",
         "divides_denoiser",
         "the hooks that move the layers break the compiled graph",

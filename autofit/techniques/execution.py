@@ -248,7 +248,7 @@ def compiling() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.compiler.reset)
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT))
-        stack.enter_context(_COMPILED.kept())
+        stack.enter_context(COMPILED.kept())
         yield
 
 
@@ -281,7 +281,7 @@ class _Compiled:
                     self._undo.close()
 
 
-_COMPILED = _Compiled()
+COMPILED = _Compiled()
 
 
 def _name_cache_folder() -> None:
@@ -297,6 +297,7 @@ def _name_cache_folder() -> None:
     for name in named.keys() - own:
         del os.environ[name]
     os.environ[CACHE_VARIABLES[0]] = str(folder)
+    os.environ.setdefault(CACHE_VARIABLES[1], str(folder / "triton"))
 
 
 def _cache_folder() -> Path | None:

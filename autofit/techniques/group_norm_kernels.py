@@ -27,15 +27,15 @@ def group_norm(
 ) -> torch.Tensor:
     """Normed images (batch, channels, *sizes), strided as they are; sums are taken in float32.
 
-    ``images.flatten(2)`` must be a view. Besides the result a MiB or less is held.
+    ``images.flatten(2)`` must be a view. Besides the result 8 bytes are held for each channel of an
+    image, and as many for each part that it is divided into: a few MiB at most.
     """
+    batch, channels = images.shape[:2]
+    size = images.numel() // (batch * channels)
+    x_n, x_c, x_s = images.stride(0), images.stride(1), images.stride(-1)
     made = torch.empty_like(images)
-    x, y = images.flatten(2), made.flatten(2)
-    batch, channels, size = x.shape
-    each = channels // groups
-    with_weight, with_bias = weight is not None, bias is not None
-    weight, bias = (x if t is None else t for t in (weight, bias))  # then not read
-    if x.stride(1) == 1:
+    y_n, y_c, y_s = made.stride(0), made.stride(1), made.stride(-1)
+    if x_c == 1:
         wide = min(ROW, triton.next_power_of_2(channels))
         long = TILE // wide
     else:
@@ -45,17 +45,21 @@ def group_norm(
     splits = triton.cdiv(BLOCKS * _multiprocessors(images.device), batch * columns)
     split = triton.cdiv(triton.cdiv(size, long), splits) * long  # elements, by whole tiles
     splits = triton.cdiv(size, split)
-    of_parts = torch.empty(2, batch, splits, channels, dtype=torch.float32, device=x.device)
-    of_channels = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
+    values = torch.empty(
+        (splits + 1) * 2 * batch * channels, dtype=torch.float32, device=images.device
+    )
     grid = batch, columns, splits
-    with torch.cuda.device(x.device):  # where Triton launches
-        _moments[grid](x, of_parts, channels, size, split, *x.stride(), wide, long)
+    with torch.cuda.device(images.device):  # where Triton launches
+        _moments[grid](images, values, channels, size, split, x_n, x_c, x_s, wide, long)
         _combine[batch, groups](
-            of_parts, of_channels, weight, bias, channels, each, size, split, splits, eps,
-            *COMBINED, with_weight, with_bias,
+            values, images if weight is None else weight, images if bias is None else bias,
+            channels, channels // groups, size, split, splits, eps,
+            *COMBINED, weight is not None, bias is not None,
         )  # fmt: skip
-        strides = (*x.stride(), *y.stride())
-        _scale[grid](x, y, of_channels, channels, size, split, *strides, wide, long, silu)
+        _scale[grid](
+            images, made, values, channels, size, split, x_n, x_c, x_s, y_n, y_c, y_s,
+            wide, long, silu,
+        )  # fmt: skip
     return made
 
 
@@ -66,10 +70,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def _moments(
-    x, means, channels, size, split, x_n, x_c, x_s,
+    x, values, channels, size, split, x_n, x_c, x_s,
     WIDE: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each channel of a part of an image, and the sum of the squares off it."""
+    """Mean of each channel of a part of an image, and the sum of the squares off it.
+
+    ``values`` are these, each (batch, parts, channels), and then each channel's scale and shift,
+    each (batch, channels).
+    """
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     here = channel < channels
@@ -90,22 +98,25 @@ def _moments(
     count = end - begin
     off = tl.sum(total, 1) / count
     at = (image * tl.num_programs(2) + part) * channels + channel
-    squares = means + tl.num_programs(0).to(tl.int64) * tl.num_programs(2) * channels
-    tl.store(means + at, shift + off, here)
+    squares = values + tl.num_programs(0).to(tl.int64) * tl.num_programs(2) * channels
+    tl.store(values + at, shift + off, here)
     tl.store(squares + at, tl.sum(square, 1) - count * off * off, here)
 
 
 @triton.jit(do_not_specialize=["channels", "each", "size", "split", "splits"])
 def _combine(
-    means, scales, weight, bias, channels, each, size, split, splits, eps,
+    values, weight, bias, channels, each, size, split, splits, eps,
     WIDE: tl.constexpr, LONG: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Of the parts of a group, what its channels are multiplied by and what is added (Chan, Golub
     and LeVeque 1979)."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = group * each
-    squares = means + tl.num_programs(0).to(tl.int64) * splits * channels
-    shift = tl.load(means + image * splits * channels + first)
+    batch = tl.num_programs(0).to(tl.int64)
+    squares = values + batch * splits * channels
+    scales = squares + batch * splits * channels
+    shifts = scales + batch * channels
+    shift = tl.load(values + image * splits * channels + first)
     columns, rows = tl.arange(0, WIDE), tl.arange(0, LONG)
     total = tl.zeros((LONG, WIDE), tl.float32)
     square = tl.zeros((LONG, WIDE), tl.float32)
@@ -114,12 +125,12 @@ def _combine(
         for column in range(0, each, WIDE):
             taken = (part + rows < splits)[:, None] & (column + columns < each)[None, :]
             at = (image * splits + part + rows[:, None]) * channels + first + column + columns
-            off = tl.load(means + at, taken, 0.0) - shift
+            off = tl.load(values + at, taken, 0.0) - shift
             total += tl.where(taken, count * off, 0.0)
             square += tl.where(taken, tl.load(squares + at, taken, 0.0) + count * off * off, 0.0)
-    off = tl.sum(total) / (each * size)
-    variance = tl.maximum(tl.sum(square) / (each * size) - off * off, 0.0)
-    shifts = scales + tl.num_programs(0) * channels
+    off = tl.sum(total) / (each.to(tl.float32) * size)
+    variance = tl.sum(square) / (each.to(tl.float32) * size) - off * off
+    variance = tl.maximum(variance, 0.0, propagate_nan=tl.PropagateNan.ALL)
     for column in range(0, each, WIDE):
         here = column + columns < each
         channel = first + column + columns
@@ -135,14 +146,16 @@ def _combine(
 
 @triton.jit
 def _scale(
-    x, y, scales, channels, size, split, x_n, x_c, x_s, y_n, y_c, y_s,
+    x, y, values, channels, size, split, x_n, x_c, x_s, y_n, y_c, y_s,
     WIDE: tl.constexpr, LONG: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Multiply each channel by its scale and add its shift."""
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     here = channel < channels
-    shifts = scales + tl.num_programs(0) * channels
+    batch = tl.num_programs(0).to(tl.int64)
+    scales = values + batch * tl.num_programs(2) * 2 * channels
+    shifts = scales + batch * channels
     a = tl.load(scales + image * channels + channel, here, 0.0)[:, None]
     b = tl.load(shifts + image * channels + channel, here, 0.0)[:, None]
     begin = part * split
