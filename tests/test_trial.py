@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import math
 import multiprocessing
 import os
@@ -709,3 +710,19 @@ def test_an_allocation_that_is_refused_and_done_without_is_counted(pipes: Pipes)
                 generate(pipe, Workload(64, 64, 2), 2)
             handle.remove()
             assert meter.starved == asks
+
+
+@pytest.mark.gpu
+def test_what_the_caller_dropped_takes_no_room(pipes: Pipes) -> None:
+    gc.collect()
+    before_bytes = torch.cuda.memory_allocated("cuda:0")
+    gc.disable()
+    try:
+        dropped: list[Any] = [torch.empty(2**28, dtype=torch.uint8, device="cuda:0")]
+        dropped.append(dropped)
+        del dropped
+        assert torch.cuda.memory_allocated("cuda:0") >= before_bytes + 2**28
+        InProcess(pipes["tiny-sd"], "cuda:0")
+        assert torch.cuda.memory_allocated("cuda:0") < before_bytes + 2**28
+    finally:
+        gc.enable()

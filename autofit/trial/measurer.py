@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+import torch
+
 from autofit import probe
 from autofit.probe import memory
 from autofit.spec import (
@@ -31,7 +33,7 @@ from autofit.spec import (
     Why,
 )
 from autofit.trial.cap import Outside
-from autofit.trial.run import TRIAL_STEPS, Request, measure
+from autofit.trial.run import TRIAL_STEPS, Request, measure, release
 
 START_S = 900.0  # to import, build or load the pipe and probe the device
 # A trial without an answer for so many times as long as any took before is taken for hung; never in
@@ -79,6 +81,8 @@ class InProcess:
     def __init__(self, pipe: Any, device: str) -> None:
         self.pipe = pipe
         self.device = probe.device_named(device)
+        if self.device.type == "cuda" and torch.cuda.is_initialized():
+            release(self.device)  # pipes that the caller dropped, in cycles that nobody collected
         before_bytes = memory.before_context(self.device)  # the probe makes the context
         facts = probe.probe_device(device)
         self._outside = Outside.of(self.device, facts, before_bytes)
