@@ -376,20 +376,13 @@ class _Choices:
         self._unseen[mine] = 0
         if isinstance(outcome, Measurement):
             self._untimed[mine] = 0
-            self._learn_setup(number, mine, outcome.warmup_s)
+            alike = self._setup_s[self._placement[number]]
+            alike[mine] = np.minimum(alike[mine], outcome.warmup_s)
         elif not ran_out(outcome):
             # Its steps were too slow, perhaps by what is new in them: it never decoded.
             untimed = mine & (self._untimed == 1)
             stepping = untimed & ~self.decodes
             self._untimed[stepping if stepping.any() else untimed] = 0
-
-    def _learn_setup(self, number: int, mine: Any, setup_s: float) -> None:
-        """What is sure to gain is taken at its word while other choices but the placement are in
-        the plan: it may be they that took the time."""
-        others = mine & self.told_apart & ~self.placing
-        taken = mine & self.told_apart if others.any() else mine
-        alike = self._setup_s[self._placement[number]]
-        alike[taken] = np.minimum(alike[taken], setup_s)
 
     def novelty(self) -> Any:
         """How many choices of each plan were never seen."""
@@ -430,9 +423,12 @@ class _Choices:
     def setup_s(self) -> Any:
         """Least set-up seen with each choice, of which a plan's slowest decides; and what those
         that were never seen state to add to it. What has to be placed differs most: with the same
-        kind of placement, where it was seen so."""
+        kind of placement, where it was seen so. What only the decoding feels, and what is sure to
+        gain, is taken at its word: it comes with others, and it was they that took the time."""
         least_s = self._setup_s.min(axis=0)
         seen = np.isfinite(least_s)
+        decide = seen & self.told_apart & ~self.decodes
         alike_s = self._setup_s[self._placement]
         seen_s = np.where(np.isfinite(alike_s), alike_s, np.where(seen, least_s, 0.0))
-        return (self.used * seen_s).max(axis=1) + self.used @ np.where(seen, 0.0, self._stated_s)
+        stated_s = np.where(decide, 0.0, self._stated_s)
+        return (self.used * np.where(decide, seen_s, 0.0)).max(axis=1) + self.used @ stated_s
