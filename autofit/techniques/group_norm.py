@@ -41,12 +41,15 @@ class TritonGroupNorm(Technique):
             undo.enter_context(COMPILED.kept())
             for component in filter(None, (anatomy.denoiser(pipe), anatomy.vae(pipe))):
                 followed = {norm: (owner, name) for norm, owner, name in _followed(component)}
+                following = {getattr(owner, name) for owner, name in followed.values()}
                 for module in filter(_is_plain, component.modules()):
                     if isinstance(module, nn.GroupNorm):
                         owner, name = followed.get(module, (None, ""))
                         forward = of_norm(module, owner, name, group_norm)
-                    else:
+                    elif module in following:
                         forward = of_silu(module)
+                    else:
+                        continue
                     undo.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
