@@ -350,10 +350,10 @@ class _Choices:
         touched = [set(t.effects(pipeline, workload)) for t in techniques]
         self.decodes = np.array([t == {Phase.DECODE} for t in touched])  # and changes nothing else
         self.told_apart = np.array([not t.is_sure for t in techniques])
-        self.placing = np.array([t.slot is Slot.PLACEMENT for t in techniques])
+        placing = [t.slot is Slot.PLACEMENT for t in techniques]
         hopes = np.array([cost.hope(t, task.basis) for t in techniques])
         self._hopes = {
-            p: hopes * [moves or p in t for moves, t in zip(self.placing, touched, strict=True)]
+            p: hopes * [moves or p in t for moves, t in zip(placing, touched, strict=True)]
             for p in Phase
         }
         self._untimed = np.ones(len(self.labels), dtype=np.int16)

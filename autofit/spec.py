@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+BFLOAT16_CAPABILITY = (8, 0)  # Ampere; before it bfloat16 is emulated
 HEAD_SIZES = (4, *range(8, 136, 8), 160, 192, 256)  # of attention, that kernels are asked for
 # ``Device.launch_s`` where it was not probed: on the host of the H200 of tests/golden a step of
 # SDXL, all resident, took 0.0573 s for what counts as 1,276 operations of modules (roofline.py).

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofit.techniques.group_norm_kernels import group_norm
+from autofit.probe import memory
 
 SHAPES = {
     "sd15 512x512": ((2, 320, 64, 64), (2, 960, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16),
@@ -39,6 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
     folder = parser.parse_args().out
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     folder.mkdir(parents=True, exist_ok=True)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     bytes_s = 2 * source.nbytes / seconds(source.clone)
@@ -61,6 +63,8 @@ def main() -> None:
 
 
 def timed(images: torch.Tensor) -> dict[str, Any]:
+    from autofit.techniques.group_norm_kernels import group_norm
+
     norm = nn.GroupNorm(32, images.shape[1]).to(images.device, images.dtype)
     given = images, 32, norm.weight, norm.bias, norm.eps, True
     start = time.perf_counter()
@@ -92,15 +96,8 @@ def seconds(call: Callable[[], Any]) -> float:
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()
-    found = []
-    for _ in range(3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3 / CALLS)
-    return min(found)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return min(memory.timed(device, graph.replay) for _ in range(3)) / CALLS
 
 
 if __name__ == "__main__":

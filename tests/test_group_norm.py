@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from autofit import anatomy
 from autofit.architectures import load
+from autofit.probe import memory
 from autofit.techniques import normed
 from autofit.techniques.group_norm import TritonGroupNorm
 
@@ -260,14 +261,8 @@ def test_it_takes_less_than_half_of_torchs_time(layout: torch.memory_format) -> 
     images = images.contiguous(memory_format=layout)
 
     def seconds(of: Any) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         of()
-        begin.record()
-        for _ in range(5):
-            of()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 5e3
+        return memory.timed(images.device, lambda: [of() for _ in range(5)]) / 5
 
     own_s = seconds(lambda: F.silu(norm(images)))
     kernel_s = seconds(lambda: kernels(images, 32, norm.weight, norm.bias, norm.eps, True))

@@ -44,6 +44,7 @@ from autofit.techniques.guidance import TwoPasses
 from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
 from autofit.techniques.placement import ModelOffload, Resident, SequentialOffload
 from autofit.techniques.precision import HalfPrecision
+from autofit.techniques.redirected import FlexAttention
 from autofit.techniques.streamed import Streamed
 
 
@@ -70,6 +71,18 @@ def test_why_not(
     asked = dataclasses.replace(FACTS, **facts), samples.device(**device), WORKLOAD
     assert reason in str(technique.why_not(*asked))
     assert technique.why_not(FACTS, samples.device(), WORKLOAD) is None
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [RegionalCompile(), CudaGraph(compiled=True), FlexAttention(), TritonGroupNorm()],
+    ids=lambda t: t.label,
+)
+def test_cards_too_old_for_triton_compile_nothing(technique: Technique) -> None:
+    old = samples.device(name="GTX 1080", capability=(6, 1))
+    facts = dataclasses.replace(FACTS, head_sizes=(64,))
+    reason = technique.why_not(facts, old, WORKLOAD)
+    assert reason == "Triton needs compute capability 7.0, which GTX 1080 has not"
 
 
 def test_what_compiles_records_or_captures_says_what_its_set_up_takes() -> None:

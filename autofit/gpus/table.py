@@ -10,12 +10,11 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from autofit.spec import BadInput
+from autofit.spec import BFLOAT16_CAPABILITY, BadInput
 from autofit.units import GIB, format_bytes
 
 # Of one PCIe lane, in one direction: transfers/s x 128/130 (the line code) / 8.
 LANE_BYTES_S = {3: 8e9 * 128 / 130 / 8, 4: 16e9 * 128 / 130 / 8, 5: 32e9 * 128 / 130 / 8}
-BFLOAT16_CAPABILITY = (8, 0)  # Ampere
 NEAR = 6  # names that an error suggests
 SHORTEST = 3  # letters that tell anything: "l40", "h100"
 _NOISE = re.compile(r"nvidia|geforce|tesla|quadro|generation|blackwell|(with)? ?max-?q ?design")

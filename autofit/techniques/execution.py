@@ -38,6 +38,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 RECOMPILE_LIMIT = 64
 # torch's own: the folder of all that it compiles, and of Triton's kernels, else in the first
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+TRITON_CAPABILITY = (7, 0)  # below it torch.compile raises GPUTooOldForTriton
 INCOMPARABLE = "an argument cannot be compared with that of the next call"
 _TENSOR = object()  # stands for a tensor where constants are listed
 
@@ -340,6 +341,8 @@ def _tensor_attributes_held(module: nn.Module) -> Iterator[None]:
 def no_compiler(device: Device) -> str | None:
     if device.kind == "cpu":
         compilers: tuple[str, ...] = (os.environ.get("CXX", "g++"),)
+    elif device.capability is not None and device.capability < TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0, which {device.name} has not"
     elif importlib.util.find_spec("triton") is None:
         return "it needs triton on CUDA; install triton"
     else:

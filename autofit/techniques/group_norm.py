@@ -56,17 +56,15 @@ class TritonGroupNorm(Technique):
     def why_not(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         if device.kind != "cuda":
             return "its kernels are for CUDA"
-        if device.capability is not None and device.capability < (7, 0):
-            return f"Triton needs a card of compute capability 7.0; {device.name} is older"
         return no_compiler(device)
 
     def why_pointless(self, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
         return None if self.effects(pipeline, workload) else "there are no group norms"
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        """In trials on an H100, captured with compiled blocks, SDXL at 1024x1024 took 0.90 of its
-        steps' time and 0.67 of its decode's; SD 1.5 at 512x512 0.89 to 0.95 of its steps', and at
-        3840x2224, where these are attention, 0.97."""
+        """In trials of ``scripts/bench_peers.py`` on H100s, captured with compiled blocks, SDXL at
+        1024x1024 took 0.90 of its steps' time and 0.67 of its decode's; SD 1.5 at 512x512 0.89 to
+        0.95 of its steps', and at 3840x2224, where these are attention, 0.97."""
         touched = {}
         if pipeline.denoiser.group_norms:
             touched[Phase.STEP] = Effect(seconds=0.87)

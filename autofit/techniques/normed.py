@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from autofit import anatomy
 from autofit.fallbacks import asks_for
+from autofit.spec import BFLOAT16_CAPABILITY
 
 _TAKEN = "_autofit_silu"  # of a tensor: the norm that made it took the SiLU after it along
 
@@ -54,10 +55,11 @@ def _silu(silu: nn.SiLU, images: torch.Tensor) -> torch.Tensor:
 
 def _goes_along(norm: nn.GroupNorm, silu: nn.Module | None) -> bool:
     """Whether it is still ours that runs next, and nobody looks at what is between them."""
-    forward = None if silu is None else silu.__dict__.get("forward")
-    if silu is None or not isinstance(forward, partial) or forward.func is not _silu:
+    if silu is None:
         return False
-    return not (anatomy.users_hooks(norm) or anatomy.users_hooks(silu))
+    forward = silu.__dict__.get("forward")
+    ours = isinstance(forward, partial) and forward.func is _silu
+    return ours and not (anatomy.users_hooks(norm) or anatomy.users_hooks(silu))
 
 
 def is_taken(images: torch.Tensor, norm: nn.GroupNorm) -> bool:
@@ -68,7 +70,7 @@ def is_taken(images: torch.Tensor, norm: nn.GroupNorm) -> bool:
     if images.device.type != "cuda" or asks_for("cuda") is not None or not images.numel():
         return False
     if images.dtype is torch.bfloat16:
-        known = torch.cuda.get_device_capability(images.device) >= (8, 0)
+        known = torch.cuda.get_device_capability(images.device) >= BFLOAT16_CAPABILITY
     else:
         known = images.dtype in (torch.float16, torch.float32)
     return known and _is_flat(images) and _is_of(norm, images)

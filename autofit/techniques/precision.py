@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from autofit import anatomy
 from autofit.lazy import nn, torch
 from autofit.spec import (
+    BFLOAT16_CAPABILITY,
     DTYPE_BYTES,
     Component,
     Device,
@@ -22,8 +23,6 @@ from autofit.spec import (
     Technique,
     Workload,
 )
-
-BFLOAT16_CAPABILITY = (8, 0)  # Ampere; before it bfloat16 is emulated
 
 
 @dataclass(frozen=True)
