@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from autofit import cost
 from autofit.rooms import STEP
-from autofit.sampler import FIRST, Task, ran_out, ranking
+from autofit.sampler import FIRST, MIN_GAIN, Task, ran_out, ranking
 from autofit.search import Found
 from autofit.spec import (
     Attempt,
@@ -32,7 +32,7 @@ from autofit.spec import (
 )
 from autofit.trial import Measurer, Request
 
-MAX_VERIFIED = 3  # plans verified in full, while the first is slower than the next one's trial
+MAX_VERIFIED = 3  # plans verified in full, while one's trial was clearly faster than the best
 REFERENCE_SLOWER = 10.0  # a reference predicted this much slower than the fastest takes too long
 
 
@@ -110,7 +110,7 @@ class Trials:
         failures: list[Failure] = []
         for attempt in ranking(found.attempts, self.task)[:MAX_VERIFIED]:
             assert isinstance(attempt.outcome, Measurement)
-            if ranking([*verified, attempt], self.task)[0] in verified:
+            if self._best_s(verified) * (1 - MIN_GAIN) <= self.task.objective_s(attempt.outcome):
                 break
             plan, outcome = self._whole(attempt.plan)
             if isinstance(outcome, Failure):
@@ -133,6 +133,10 @@ class Trials:
                 None,
             )
         return ranking(verified, self.task)[0]
+
+    def _best_s(self, verified: Sequence[Attempt]) -> float:
+        outcomes = (a.outcome for a in verified if isinstance(a.outcome, Measurement))
+        return min(map(self.task.objective_s, outcomes), default=math.inf)
 
     def _whole(self, plan: Plan) -> tuple[Plan, Outcome]:
         """Measure a plan in full, and once more where it fails: in a fresh process, and where

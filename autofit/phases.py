@@ -20,6 +20,7 @@ from autofit.spec import Device, Phase, Pipeline, Placement, Plan, Technique, Wo
 
 Floats = npt.NDArray[np.float64]
 RIDGE = 0.05  # weak: one clean observation nearly settles a choice
+SURE_RIDGE = 1.0  # of what is sure to gain: what else is new beside it is to blame
 ACTIVATION_FLOOR = 2**20  # live tensors are measured to allocator blocks; below is noise
 
 
@@ -51,7 +52,7 @@ class PhaseTable:
             if key not in rows:
                 first.append(number)
             self.index[number] = rows.setdefault(key, len(rows))
-        self.features = _features(list(rows))
+        self.features, ridge = _features(list(rows))
         self.refused = np.zeros(len(plans), dtype=bool)  # ran out of memory in just this phase
         at = [cost.Phases(plans[n], facts[n], workload, basis) for n in first]
         placements = [(a.plan.placement, a.facts) for a in at]
@@ -61,11 +62,11 @@ class PhaseTable:
         times = [
             (a.compute_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at
         ]
-        self.seconds = Corrected(np.array(times), self.features)
+        self.seconds = Corrected(np.array(times), self.features, ridge)
         traffics = [p.traffic(f, phase) for p, f in placements]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
         activations = np.array([a.activation_bytes(phase) for a in at], float)
-        self.activations = Corrected(activations + ACTIVATION_FLOOR, self.features)
+        self.activations = Corrected(activations + ACTIVATION_FLOOR, self.features, ridge)
 
     def refuse(self, number: int, left_bytes: Floats) -> None:
         """This plan ran out of memory here, and so would those that run it the same way with as
@@ -88,8 +89,8 @@ class PhaseTable:
 class Corrected:
     """A predicted quantity for every row, corrected by what some rows measured."""
 
-    def __init__(self, prior: Floats, features: Floats) -> None:
-        self.prior, self.features = np.maximum(prior, 1e-9), features
+    def __init__(self, prior: Floats, features: Floats, ridge: Floats) -> None:
+        self.prior, self.features, self._ridge = np.maximum(prior, 1e-9), features, np.diag(ridge)
         self._seen: dict[int, list[float]] = defaultdict(list)
         self._bounds: set[int] = set()  # rows of which only a bound is known
         self.at_most = np.zeros(len(prior), dtype=bool)  # those that may well be less
@@ -131,25 +132,28 @@ class Corrected:
         rows = np.array(list(self._seen))
         seen = np.array([statistics.mean(self._seen[row]) for row in rows])
         observed = self.features[rows]
-        ridge = RIDGE * np.eye(observed.shape[1])
-        ridge[0, 0] = 1e-6  # the intercept: how wrong the arithmetic is as a whole
-        weights = np.linalg.solve(observed.T @ observed + ridge, observed.T @ seen)
+        weights = np.linalg.solve(observed.T @ observed + self._ridge, observed.T @ seen)
         residuals: Floats = self.features @ weights
         residuals[rows] = seen
         return residuals
 
 
-def _features(keys: Sequence[tuple[Technique, ...]]) -> Floats:
+def _features(keys: Sequence[tuple[Technique, ...]]) -> tuple[Floats, Floats]:
     """One row a key: intercept, then a column for each technique and one for each kind of it, so
-    that one tile size measured says something about the others."""
+    that one tile size measured says something about the others. And how much each column resists
+    what is seen."""
     columns: dict[str, int] = {}
+    ridge = [1e-6]  # the intercept: how wrong the arithmetic is as a whole
     marks = []
     for row, key in enumerate(keys):
         for technique in key:
             for text in (technique.label, f"kind {technique.name}"):
-                marks.append((row, columns.setdefault(text, len(columns) + 1)))
-    features = np.zeros((len(keys), len(columns) + 1))
+                if text not in columns:
+                    columns[text] = len(ridge)
+                    ridge.append(SURE_RIDGE if technique.is_sure else RIDGE)
+                marks.append((row, columns[text]))
+    features = np.zeros((len(keys), len(ridge)))
     features[:, 0] = 1.0
     for row, column in marks:
         features[row, column] = 1.0
-    return features
+    return features, np.array(ridge)

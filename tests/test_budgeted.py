@@ -113,6 +113,13 @@ def test_one_that_disappoints_is_left_for_the_next(tmp_path: Path) -> None:
     assert (best.plan, len(measurer.requests)) == (LOSSY, 2)
 
 
+def test_one_as_fast_as_the_next_ones_trial_is_enough(tmp_path: Path) -> None:
+    """What is left to gain would not be worth a trial."""
+    found = Found((Attempt(EXACT, took(1.0)), Attempt(LOSSY, took(1.02))), ())
+    measurer = Scripted(took(1.04))
+    assert trials(measurer, tmp_path).verify(found).plan is EXACT
+
+
 NO_MEMORY = Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.DECODE)
 CRASH = Failure(Why.CRASH, "worker ended by SIGSEGV")
 WIDE = Plan((replace(STREAMED, weights_bytes=gib(4)),))

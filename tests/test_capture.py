@@ -341,9 +341,9 @@ def test_a_smaller_size_needs_no_memory_beside_the_larger_one(resident: Any) -> 
 
     images: dict[int, torch.Tensor] = {}
     with CudaGraph().applied(resident, "cuda:0"):
-        _latents(resident, size=512)
-        large_bytes = peak_bytes(512)  # a replay
-        sizes = [64 * n for n in range(MAX_GRAPHS + 2, 0, -1)]
+        large, *sizes = [64 * n for n in range(MAX_GRAPHS + 2, 0, -1)]
+        _latents(resident, size=large)
+        large_bytes = peak_bytes(large)  # a replay
         for size in sizes:
             assert peak_bytes(size) <= large_bytes + 2**22, size
         for size, image in list(images.items()):

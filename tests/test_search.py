@@ -37,7 +37,7 @@ from autofit.techniques.attention import SdpaKernel
 from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.execution import RegionalCompile
 from autofit.techniques.group_norm import TritonGroupNorm
-from autofit.techniques.memory_format import ChannelsLastVae
+from autofit.techniques.memory_format import ChannelsLastDenoiser, ChannelsLastVae
 from autofit.techniques.placement import Resident
 from autofit.techniques.space import legal_plans
 
@@ -299,6 +299,18 @@ def test_what_is_sure_to_gain_comes_with_any_change() -> None:
     plain = Plan((with_graph.placement,))
     found = search(task(gib(24), (plain, with_graph, normed, both)), World(gib(24)).measure)
     assert [a.plan for a in found.attempts][:2] == [plain, both]
+
+
+def test_a_loss_is_laid_to_what_came_with_what_is_sure_to_gain() -> None:
+    """As in float32 on an H100, where channels last cost what the norms had gained."""
+    resident = next(p.placement for p in PLANS if p.label == "resident")
+    changed, norms = ChannelsLastDenoiser(), TritonGroupNorm()
+    plain, normed, both = (Plan((*t, resident)) for t in ((), (norms,), (changed, norms)))
+    sampler, world = PlanSampler(task(gib(24), (plain, normed, both))), World(gib(24))
+    outcome = world.measure(plain, None)
+    for plan in (plain, both):
+        sampler.learn(plan, outcome)
+    assert sampler.propose() == normed
 
 
 @pytest.mark.parametrize("choice", [TritonGroupNorm(), ChannelsLastVae()], ids=lambda t: t.name)
