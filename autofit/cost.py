@@ -56,6 +56,7 @@ HOOK_S = 2e-4
 UNSEEN = 0.05
 # Of the seconds that attention takes, what another kernel may save.
 ATTENTION_HOPE = 0.5
+LAUNCHING_HOPE = 0.5  # the same, for what launches in another way: of the device's seconds
 # Of the budget, what an open plan leaves free: the allocator's rounding differs from call to call.
 MARGIN = 0.01
 TOKENS = 256  # of a prompt, between CLIP's 77 and T5's 512
@@ -70,8 +71,9 @@ class Plain:
     """One run of a phase with nothing applied but a precision, its weights on the device."""
 
     activation_bytes: int
-    compute_s: float
+    compute_s: float  # that the device is busy
     attention_share: float = 1.0  # of these seconds; all, where that is not known
+    launching_s: float | None = None  # of the host, at the same time; if none, among the others
 
 
 # What a dry run found (``forecast.basis``), by the denoiser's dtype; where nothing is known of a
@@ -152,10 +154,18 @@ def filled(
 
 def hope(technique: Technique, basis: Basis) -> float:
     """By how much the phases that a technique touches may be faster than it states."""
-    if technique.slot is not Slot.ATTENTION:
-        return technique.hope
-    shares = [p.attention_share for (_, phase), p in basis.items() if phase is Phase.STEP]
-    return min(technique.hope, ATTENTION_HOPE * max(shares, default=1.0))
+    steps = [p for (_, phase), p in basis.items() if phase is Phase.STEP]
+    if technique.slot is Slot.ATTENTION:
+        shares = [p.attention_share for p in steps]
+        return min(technique.hope, ATTENTION_HOPE * max(shares, default=1.0))
+    if technique.slot is Slot.EXECUTION:
+        shares = [_launching_share(p) for p in steps]
+        return min(technique.hope, LAUNCHING_HOPE * max(shares, default=1.0))
+    return technique.hope
+
+
+def _launching_share(plain: Plain) -> float:
+    return 1.0 if plain.launching_s is None else plain.launching_s / plain.compute_s
 
 
 def held_bytes(placement: Placement, facts: Pipeline) -> int:
@@ -216,7 +226,7 @@ class Phases:
         return Prediction(peak_bytes, image_s(phase_s, self.workload.steps), phase_s, phase_bytes)
 
     def activation_bytes(self, phase: Phase) -> int:
-        known = self._basis.get((self.facts.denoiser.dtype, phase))
+        known = self._known(phase)
         plain = (
             known.activation_bytes if known else _activation_bytes(self.facts, self.workload, phase)
         )
@@ -237,11 +247,30 @@ class Phases:
         return moved_s(self.compute_s(device, phase), traffic, self.facts, device, phase)
 
     def compute_s(self, device: Device, phase: Phase) -> float:
-        """One phase without its transfers; the hooks that start these count, Python runs them."""
-        known = self._basis.get((self.facts.denoiser.dtype, phase))
+        """One phase without its transfers."""
+        return max(self.busy_s(device, phase), self.launching_s(phase))
+
+    def busy_s(self, device: Device, phase: Phase) -> float:
+        """What the device has to do; with all of the host's, where that is not known apart."""
+        known, effect = self._known(phase), self._effects[phase]
+        if known and known.launching_s is not None:
+            return known.compute_s * effect.on_busy
         plain_s = known.compute_s if known else _compute_s(self.facts, device, self.workload, phase)
-        busy_s = plain_s * self._effects[phase].seconds
-        return busy_s + self.plan.placement.traffic(self.facts, phase).hooks * HOOK_S
+        return plain_s * effect.seconds + self._hooks_s(phase)
+
+    def launching_s(self, phase: Phase) -> float:
+        """What the host launches meanwhile, where that is known; it runs the hooks of a placement
+        too."""
+        known = self._known(phase)
+        if known is None or known.launching_s is None:
+            return 0.0
+        return known.launching_s * self._effects[phase].launches + self._hooks_s(phase)
+
+    def _known(self, phase: Phase) -> Plain | None:
+        return self._basis.get((self.facts.denoiser.dtype, phase))
+
+    def _hooks_s(self, phase: Phase) -> float:
+        return self.plan.placement.traffic(self.facts, phase).hooks * HOOK_S
 
 
 def _activation_bytes(facts: Pipeline, workload: Workload, phase: Phase) -> float:
@@ -292,6 +321,8 @@ def _effects(plan: Plan, facts: Pipeline, workload: Workload) -> dict[Phase, Eff
                 before.seconds * effect.seconds,
                 before.activations * effect.activations,
                 before.stays or effect.stays,
+                before.launches * effect.launches,
+                before.on_busy * effect.on_busy,
             )
     return found
 

@@ -88,13 +88,19 @@ def basis(
     for precision in precisions:
         facts = precision.facts(pipeline) if precision else pipeline
         for phase, phase_facts in dry.phases(workload, [precision] if precision else []).items():
-            plain = cost.Plain(
-                phase_facts.activation_bytes,
-                roofline.seconds(phase_facts, device),
-                roofline.attention_share(phase_facts, device),
-            )
-            found[facts.denoiser.dtype, phase] = plain
+            found[facts.denoiser.dtype, phase] = _plain(phase_facts, device, phase)
     return found
+
+
+def _plain(facts: PhaseFacts, device: Device, phase: Phase) -> cost.Plain:
+    """What the host launches is told apart where techniques change it: in the steps."""
+    apart = device.kind == "cuda" and phase is Phase.STEP
+    return cost.Plain(
+        facts.activation_bytes,
+        (roofline.busy_s if apart else roofline.seconds)(facts, device),
+        roofline.attention_share(facts, device),
+        roofline.launching_s(facts, device) if apart else None,
+    )
 
 
 class Forecaster:

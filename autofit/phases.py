@@ -59,10 +59,12 @@ class PhaseTable:
         self.stays = np.array([a.stays(phase) for a in at])
         self.weight_bytes = np.array([p.resident_bytes(f, phase) for p, f in placements], float)
         self.apart_bytes = np.array([p.apart_bytes(f, phase) for p, f in placements], float)
-        times = [
-            (a.compute_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at
-        ]
-        self.seconds = Corrected(np.array(times), self.features, ridge)
+        times = [(a.busy_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at]
+        launching = [a.launching_s(phase) for a in at]
+        self.seconds = Longer(
+            Corrected(np.array(times), self.features, ridge),
+            Corrected(np.array(launching), self.features, ridge),
+        )
         traffics = [p.traffic(f, phase) for p, f in placements]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
         activations = np.array([a.activation_bytes(phase) for a in at], float)
@@ -136,6 +138,51 @@ class Corrected:
         residuals: Floats = self.features @ weights
         residuals[rows] = seen
         return residuals
+
+
+class Longer:
+    """Seconds of every row, the longer of two: those that the device is busy, and those that the
+    host launches meanwhile. What was measured is laid to what should take the longer; the other
+    took no more."""
+
+    def __init__(self, busy: Corrected, launching: Corrected) -> None:
+        self._busy, self._launching = busy, launching
+        self._seen: dict[int, list[float]] = defaultdict(list)
+
+    def values(self) -> Floats:
+        values = np.maximum(self._busy.values(), self._launching.values())
+        for row, seen in self._seen.items():
+            values[row] = statistics.geometric_mean(seen)
+        return values
+
+    @property
+    def at_most(self) -> npt.NDArray[np.bool_]:
+        """Rows of which only a bound is known, and that may well take less."""
+        launches = self._launching.values() >= self._busy.values()
+        found = np.where(launches, self._launching.at_most, self._busy.at_most)
+        found[list(self._seen)] = False
+        return found
+
+    def is_measured(self, row: int) -> bool:
+        return row in self._seen
+
+    def learn(self, row: int, value: float) -> None:
+        longer, shorter = self._in_order(row)
+        longer.learn(row, value)
+        shorter.learn_at_most(row, value)
+        self._seen[row].append(max(value, 1e-9))
+
+    def learn_at_least(self, row: int, value: float) -> None:
+        self._in_order(row)[0].learn_at_least(row, value)
+
+    def learn_at_most(self, row: int, value: float) -> None:
+        for part in (self._busy, self._launching):
+            part.learn_at_most(row, value)
+
+    def _in_order(self, row: int) -> tuple[Corrected, Corrected]:
+        busy, launching = self._busy, self._launching
+        launches = launching.values()[row] >= busy.values()[row]
+        return (launching, busy) if launches else (busy, launching)
 
 
 def _features(keys: Sequence[tuple[Technique, ...]]) -> tuple[Floats, Floats]:

@@ -102,9 +102,18 @@ def seconds(facts: PhaseFacts, device: Device, hooks_s: float = 0.0) -> float:
     Launching, and what hooks take of the host besides, runs ahead of a GPU, so the longer of the
     two counts; on the CPU their sum.
     """
-    busy_s = sum(o.count * operation_s(o, device) for o in facts.operations)
-    launching_s = calls(facts) * device.launch_s + hooks_s
-    return max(busy_s, launching_s) if device.kind == "cuda" else busy_s + launching_s
+    both_s = busy_s(facts, device), launching_s(facts, device) + hooks_s
+    return max(both_s) if device.kind == "cuda" else sum(both_s)
+
+
+def busy_s(facts: PhaseFacts, device: Device) -> float:
+    """Seconds that one run of a phase keeps the device busy."""
+    return sum(o.count * operation_s(o, device) for o in facts.operations)
+
+
+def launching_s(facts: PhaseFacts, device: Device) -> float:
+    """Seconds that the host needs to launch one run of a phase."""
+    return calls(facts) * device.launch_s
 
 
 def attention_share(facts: PhaseFacts, device: Device) -> float:

@@ -263,11 +263,20 @@ class Effect:
     Hopes, not promises: they order the trials. The search corrects them with what it measures, so
     a factor stands at the good end of what was ever seen. ``stays``: the memory of this phase's
     activations is not given back, and is taken in every other phase too.
+
+    ``seconds`` are those of the phase as a whole. Where it is known how long the device is busy and
+    how long the host launches, the factors on these two count instead.
     """
 
     seconds: float = 1.0
     activations: float = 1.0
     stays: bool = False
+    launches: float = 1.0
+    busy: float | None = None  # the same as on ``seconds``
+
+    @property
+    def on_busy(self) -> float:
+        return self.seconds if self.busy is None else self.busy
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from autofit.spec import (
     Technique,
     Why,
 )
+from autofit.surrogate import Surrogate
 from autofit.techniques.attention import SdpaKernel
 from autofit.techniques.cuda_graph import CudaGraph
 from autofit.techniques.execution import RegionalCompile
@@ -466,6 +467,40 @@ def test_a_kernel_of_attention_may_gain_half_of_what_attention_takes() -> None:
     assert cost.hope(kernel, {}) == kernel.hope
     assert cost.hope(graph, basis) == graph.hope
     assert cost.hope(Resident(), basis) < graph.hope
+
+
+def of_step(busy_s: float, launching_s: float) -> cost.Basis:
+    return {("float16", Phase.STEP): cost.Plain(0, busy_s, launching_s=launching_s)}
+
+
+def test_what_launches_in_another_way_may_gain_where_the_host_is_waited_for() -> None:
+    graph = CudaGraph()
+    assert cost.hope(graph, of_step(0.02, 0.03)) == graph.hope
+    assert cost.hope(graph, of_step(1.0, 0.03)) == pytest.approx(0.5 * 0.03)
+    launched, captured = (Plan((*t, Resident())) for t in ((), (graph,)))
+    for busy_s, launching_s, gain in ((0.02, 0.03, 1 / 3), (0.03, 0.02, 0.0)):
+        steps_s = [
+            cost.predict(p, SDXL, CARD, LARGE, of_step(busy_s, launching_s)).phase_s[Phase.STEP]
+            for p in (launched, captured)
+        ]
+        assert steps_s == pytest.approx([max(busy_s, launching_s), (1 - gain) * steps_s[0]])
+
+
+@pytest.mark.parametrize("busy_s", [0.01, 0.03])
+def test_what_took_long_is_laid_to_the_longer_of_device_and_host(busy_s: float) -> None:
+    """Where that is the host, a graph is as fast as before; where the device, as much slower."""
+    plans = [Plan((*t, Resident())) for t in ((), (CudaGraph(),))]
+    launched = plans[0]
+    surrogate = Surrogate(plans, SDXL, CARD, LARGE, gib(24), of_step(busy_s, 0.02))
+    outcome = World(gib(24)).truth(launched)
+    assert isinstance(outcome, Measurement)
+    others_s = outcome.encode_s + outcome.decode_s
+    spent_s = 2 * max(busy_s, 0.02)
+    step_s, image_s = (spent_s,) * LARGE.steps, others_s + LARGE.steps * spent_s
+    surrogate.learn(0, launched, replace(outcome, step_s=step_s, image_s=image_s), None)
+    found_s = surrogate.tables[Phase.STEP].seconds.values()
+    expected_s = busy_s if busy_s < 0.02 else 2 * busy_s
+    assert found_s == pytest.approx([spent_s, expected_s])
 
 
 def test_once_measured_a_plan_leaves_the_margin_alone() -> None:

@@ -33,7 +33,7 @@ class TwoPasses(Technique):
         return replace(pipeline, batched_guidance=False)  # what streams, streams in each pass
 
     def effects(self, pipeline: Pipeline, workload: Workload) -> Mapping[Phase, Effect]:
-        return {Phase.STEP: Effect(seconds=1.04, activations=0.5)}
+        return {Phase.STEP: Effect(seconds=1.04, activations=0.5, launches=2.0)}
 
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
