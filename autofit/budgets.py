@@ -41,6 +41,7 @@ def plan(
     console = commands.stderr_console()
     target = device or session.default_device()
     device_named(target)  # found out before the model is loaded, as are the others below
+    session.check_model(model)
     effort.check()
     found = Found(console)
     budgets = Budgets(goals, found.add)
@@ -131,7 +132,10 @@ class _Crew:
             self._budgets.tell(news)
             return
         listener = self._listeners(planner.number, _head(planner.goal))
-        listener.stage(news) if isinstance(news, str) else listener.progress(news)
+        if isinstance(news, str):
+            listener.stage(news)
+        else:
+            listener.progress(news)
 
     def _lose(self, planner: team.Planner, goal: Goal) -> None:
         """What it was at is for the others to do."""
@@ -233,7 +237,7 @@ class Found:
             self._say(answer, f"profile {self._path(planned)}")
         else:
             peak = format_bytes(planned.profile.measured.peak_bytes)
-            self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: no search")
+            self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: it serves")
 
     def check(self) -> None:
         """Raise what the command ends with, where not all is well.
@@ -256,8 +260,8 @@ class Found:
         raise too_little(what, smallest_bytes) if smallest_bytes else NothingFits(what)
 
     def entries(self) -> list[dict[str, Any]]:
-        """For programs: what one budget prints, of each; ``profile`` says which it was planned
-        for."""
+        """What ``--json`` prints: of each budget what it would print of that one alone, or why it
+        has no plan. The profile may be one for a larger budget."""
         return [self._entry(answer) for answer in self._answers]
 
     def table(self) -> str:
