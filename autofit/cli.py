@@ -93,8 +93,10 @@ def plan(
     host_ram: HostRam = None,
     device: Device = None,
     dtype: Dtype = None,
-    trials: Annotated[str, typer.Option(help="At most this many trials.")] = "40",
-    timeout: Annotated[str, typer.Option(help="Search no longer, as 90s, 10m or 1h.")] = "10m",
+    trials: Annotated[str, typer.Option(help="At most this many trials a budget.")] = "40",
+    timeout: Annotated[
+        str, typer.Option(help="Search a budget no longer, as 90s, 10m or 1h.")
+    ] = "10m",
     images: Images = "20",
     storage: Storage = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
