@@ -77,7 +77,8 @@ def plan(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the whole process, as 8GB; if none, the card's less a desktop's."
+            help="Memory of the whole process, as 8GB, or several, as 12GB,8GB,6GB; if none, the"
+            " card's less a desktop's."
         ),
     ] = None,
     size: Annotated[
@@ -92,12 +93,17 @@ def plan(
     host_ram: HostRam = None,
     device: Device = None,
     dtype: Dtype = None,
-    trials: Annotated[str, typer.Option(help="At most this many trials.")] = "40",
-    timeout: Annotated[str, typer.Option(help="Search no longer, as 90s, 10m or 1h.")] = "10m",
+    trials: Annotated[str, typer.Option(help="At most this many trials a budget.")] = "40",
+    timeout: Annotated[
+        str, typer.Option(help="Search a budget no longer, as 90s, 10m or 1h.")
+    ] = "10m",
     images: Images = "20",
     storage: Storage = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier trials.")] = False,
-    workers: Annotated[str, typer.Option(help="Search on this many GPUs at once.")] = "1",
+    workers: Annotated[
+        str,
+        typer.Option(help="Use this many GPUs at once: for one search, or a budget each."),
+    ] = "1",
     output: Annotated[Path | None, typer.Option(help="Write the profile here too.")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Predict for a card of the table (`autofit gpus`).")
@@ -114,6 +120,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the fastest plan within the budget by short trial generations, and store its profile.
+
+    Several budgets are planned from the largest on, each by what was tried before it.
 
     With --dry-run, --gpu, --budgets or --sizes it is predicted instead, in seconds and without a
     GPU: what would fit, and how fast.
@@ -153,6 +161,13 @@ def plan(
         return
     from autofit import commands, planner
 
+    if budget is not None and "," in budget:
+        from autofit.budgets import plan as plan_each
+
+        wanted = [goal_of(text, size) for text in _listed(budget, output)]
+        effort = planner.Effort(**searched, storage=storage, fresh=fresh)
+        plan_each(model, wanted, effort, device, dtype, as_json, others)
+        return
     goal = goal_of(commands.whole_card(device) if budget is None else budget, size)
     effort = planner.Effort(**searched, storage=storage, fresh=fresh)
     commands.plan(model, goal, effort, device, dtype, output, as_json, others)
@@ -298,7 +313,22 @@ def _count(name: str, text: str, least: int = 1, most: float = math.inf) -> int:
 def _either(name: str, one: str | None, many: str | None) -> list[str | None]:
     if one is not None and many is not None:
         raise BadInput(f"give --{name} or --{name}s, not both")
+    if one is not None and "," in one:
+        raise BadInput(f"{name} {one!r} is several: to predict a table write --{name}s {one}")
     return [one] if many is None else [text.strip() for text in many.split(",")]
+
+
+def _listed(budget: str, output: Path | None) -> list[str]:
+    """The budgets of a list."""
+    texts = [text.strip() for text in budget.split(",")]
+    if not all(texts):
+        raise BadInput(f"budget {budget!r}: one of the list is empty; write for example 8GB,4GB")
+    if output is not None:
+        raise BadInput(
+            f"output {str(output)!r} is for one budget, not for {budget}: leave it out; the paths"
+            " of all profiles are told"
+        )
+    return texts
 
 
 def _check_folder(output: Path | None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autofit import architectures, gpus, host, outlook, report, session, store, tables, team
@@ -24,6 +24,12 @@ from autofit.spec import BadInput, Device, Failure, Measurement
 from autofit.units import format_bytes, format_seconds
 
 LOG_WIDTH = 160  # of tables that go to a file
+NO_CARD = (
+    "no CUDA device here, so trials run on the CPU; to predict for a card instead, write"
+    " --gpu rtx-4060"
+)
+
+Listeners = Callable[..., Listener]  # of a line of the progress, and a heading
 
 
 def plan(
@@ -36,7 +42,7 @@ def plan(
     as_json: bool,
     workers: int = 1,
 ) -> None:
-    console = _console()
+    console = stderr_console()
     target = device or session.default_device()
     # Found out before the model is loaded; not probed, which would take memory from the worker's.
     device_named(target)
@@ -47,12 +53,15 @@ def plan(
     with granted():
         helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
-        with granted(), _watched(console, goal) as listener, closing(helpers):
+        with (
+            granted(),
+            interruptible(console),
+            watched(console) as listeners,
+            closing(helpers),
+        ):
+            listener = listeners(0)
             if device is None and target == "cpu":
-                listener.stage(
-                    "no CUDA device here, so trials run on the CPU; to predict for a"
-                    " card instead, write --gpu rtx-4060"
-                )
+                listener.stage(NO_CARD)
             listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
             foresight = Foresight(model, goal, target, dtype)
             with session.measuring(model, target, dtype) as measurer:
@@ -65,12 +74,6 @@ def plan(
                     foresee=foresight.basis,
                     helped=helpers,
                 )
-    except Interrupted as stopped:
-        best = stopped.best.plan if stopped.best else None
-        console.print(tables.trials_table(stopped.attempts, best, goal.budget_bytes))
-        raise
-    except KeyboardInterrupt:  # while loading, between two trials, or verifying
-        raise Interrupted(RESUMES, (), None) from None
     finally:
         for fault in helpers.faults:
             console.print(f"warning: {fault}", style="yellow")
@@ -89,20 +92,30 @@ def _show_planned(
     console: Console, planned: Planned, path: Path | None, took_s: float, as_json: bool
 ) -> None:
     profile = planned.profile
-    console.print(tables.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
-    console.print(f"{len(planned.attempts)} trials, planned in {format_seconds(took_s)}")
+    print_trials(console, planned, took_s)
     if as_json:
-        subject = planned.subject
-        found = report.study_json(
-            profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
-        )
-        found |= {"path": None if path is None else str(path), "plan_s": took_s}
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found_json(planned, path, took_s), indent=2))
     else:
         pays = report.break_even_json(report.break_even(profile, planned.attempts))
         print(report.profile_lines(profile, planned.limit_s, pays))
         if path is not None:
             print(f"profile   {path}")
+
+
+def print_trials(console: Console, planned: Planned, took_s: float) -> None:
+    """All that was tried, and how long that took in seconds."""
+    profile = planned.profile
+    console.print(tables.trials_table(planned.attempts, profile.plan, profile.budget_bytes))
+    console.print(f"{len(planned.attempts)} trials, planned in {format_seconds(took_s)}")
+
+
+def found_json(planned: Planned, path: Path | None, took_s: float) -> dict[str, Any]:
+    """What ``--json`` prints of a plan; ``path`` is where its profile is kept."""
+    subject = planned.subject
+    found = report.study_json(
+        planned.profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
+    )
+    return found | {"path": None if path is None else str(path), "plan_s": took_s}
 
 
 def whole_card(device: str | None) -> int:
@@ -149,12 +162,12 @@ def run(
     device_named(device or session.default_device())  # before the model is loaded
     pipe = architectures.load(model, dtype=dtype)
     with session.apply(pipe, profile=profile, device=device, host_ram=host_ram) as fit:
-        _console().print(f"match     {fit.match}")
+        stderr_console().print(f"match     {fit.match}")
         start = time.perf_counter()
         images = session.generate(pipe, profile.workload, prompt, seed)
         took_s = time.perf_counter() - start
     paths = session.save_images(images, output)
-    _console().print(f"made in {format_seconds(took_s)}, the first call's set-up included")
+    stderr_console().print(f"made in {format_seconds(took_s)}, the first call's set-up included")
     print("\n".join(map(str, paths)))
 
 
@@ -175,7 +188,7 @@ def show(path: Path, why: bool, as_json: bool) -> None:
         print("\n" + report.why_lines(reasons))
 
 
-def _console() -> Console:
+def stderr_console() -> Console:
     """Progress and tables go to stderr; rich colours them on a terminal only."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
@@ -184,31 +197,47 @@ def _console() -> Console:
 
 
 @contextmanager
-def _watched(console: Console, goal: Goal) -> Iterator[Listener]:
-    """Live progress on a terminal, a line a trial elsewhere."""
-    live = console.is_terminal
+def interruptible(console: Console) -> Iterator[None]:
+    """Ctrl-C within says how to go on from there, and shows what a search had tried."""
+    try:
+        yield
+    except Interrupted as stopped:
+        best = stopped.best.plan if stopped.best else None
+        console.print(tables.trials_table(stopped.attempts, best, stopped.budget_bytes))
+        raise
+    except KeyboardInterrupt:  # while loading, between two trials, or verifying
+        raise Interrupted(RESUMES) from None
+
+
+@contextmanager
+def watched(console: Console, count: int = 1) -> Iterator[Listeners]:
+    """Live progress of so many searches at once on a terminal, a line a trial elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    live = console.is_terminal
     with Bar(*columns, console=console, transient=True, disable=not live) as bar:
-        job = bar.add_task("starting", total=None)
+        jobs = [bar.add_task("starting", total=None) for _ in range(count)]
+        yield lambda number, head="": _listener(bar, jobs[number], head)
 
-        def stage(text: str) -> None:
-            bar.update(job, description=text, total=None)
-            if not live:
-                console.print(text)
 
-        def progress(event: Progress) -> None:
-            share = max(
-                event.number / event.limits.trials, event.elapsed_s / event.limits.timeout_s
-            )
-            left_s = max(0.0, event.limits.timeout_s - event.elapsed_s)
-            left = f"at most {format_seconds(left_s)} left"
-            text = f"trial {event.number + 1} · {_best(event)} · {left}"
-            bar.update(job, description=text, total=1.0, completed=min(1.0, share))
-            if event.outcome is not None:
-                text = report.plan_text(event.plan)
-                console.print(f"{event.number + 1:>3}  {_result(event)}  {text}")
+def _listener(bar: Bar, job: TaskID, head: str) -> Listener:
+    """Tells what it hears on one line of the bar, each text after the heading."""
 
-        yield Listener(stage, progress)
+    def stage(text: str) -> None:
+        bar.update(job, description=head + text, total=None)
+        if bar.disable:
+            bar.console.print(head + text)
+
+    def progress(event: Progress) -> None:
+        share = max(event.number / event.limits.trials, event.elapsed_s / event.limits.timeout_s)
+        left_s = max(0.0, event.limits.timeout_s - event.elapsed_s)
+        left = f"at most {format_seconds(left_s)} left"
+        text = f"{head}trial {event.number + 1} · {_best(event)} · {left}"
+        bar.update(job, description=text, total=1.0, completed=min(1.0, share))
+        if event.outcome is not None:
+            text = report.plan_text(event.plan)
+            bar.console.print(f"{head}{event.number + 1:>3}  {_result(event)}  {text}")
+
+    return Listener(stage, progress)
 
 
 def _best(event: Progress) -> str:

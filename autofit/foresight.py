@@ -26,10 +26,14 @@ class Foresight:
         if device.startswith("cuda"):
             self._thread.start()
 
-    def basis(self, task: Task) -> cost.Basis:
-        """What the dry run says of each phase, for every precision among the plans."""
+    def wait(self) -> None:
+        """Until it is over: what it found is remembered on disk, also for other processes."""
         if self._thread.is_alive():
             self._thread.join()
+
+    def basis(self, task: Task) -> cost.Basis:
+        """What the dry run says of each phase, for every precision among the plans."""
+        self.wait()
         if self._dry is None:
             return {}
         precisions = {plan.at(Slot.PRECISION) for plan in task.plans}

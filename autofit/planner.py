@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -44,13 +45,20 @@ Foresee = Callable[[Task], cost.Basis]
 
 
 class Interrupted(AutofitError):
-    """Ctrl-C during a search. What was measured is kept; ``attempts`` holds it."""
+    """Ctrl-C. What was measured is kept; ``attempts`` holds what a search within ``budget_bytes``
+    had of it."""
 
     exit_code = INTERRUPTED
 
-    def __init__(self, message: str, attempts: tuple[Attempt, ...], best: Attempt | None) -> None:
+    def __init__(
+        self,
+        message: str,
+        attempts: tuple[Attempt, ...] = (),
+        best: Attempt | None = None,
+        budget_bytes: int = 0,
+    ) -> None:
         super().__init__(message)
-        self.attempts, self.best = attempts, best
+        self.attempts, self.best, self.budget_bytes = attempts, best, budget_bytes
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,16 @@ class Planned:
         return limits.image_limit_s(self.profile, self.attempts, subject.pipeline, subject.device)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of a goal: a plan, or why there is none."""
+
+    goal: Goal
+    planned: Planned | None = None
+    error: AutofitError | None = None
+    took_s: float = 0.0
+
+
 def find_plan(
     measurer: Measurer,
     goal: Goal,
@@ -151,6 +169,46 @@ def find_plan(
     ruled_out = tuple((t, why) for t, why in options if why)
     subject = replace(measurer.subject, device=device)
     return Planned(profile, found.attempts, (*ruled_out, *unhosted), subject, trials.image)
+
+
+def answered(
+    measurer: Measurer,
+    goal: Goal,
+    effort: Effort,
+    *,
+    listener: Listener,
+    defaults: str,
+    foresee: Foresee,
+    after: Planned | None,
+) -> Answer:
+    """``find_plan`` for one of several goals, whose failing is not the end of the others.
+
+    Raises:
+        BadInput: no other budget would do either.
+        Interrupted: Ctrl-C.
+    """
+    start, planned, failed = time.monotonic(), None, None
+    try:
+        planned = find_plan(
+            measurer,
+            goal,
+            effort,
+            listener=listener,
+            defaults=defaults,
+            foresee=foresee,
+            after=after if after and _is_alike(after, measurer) else None,
+        )
+    except (BadInput, Interrupted):
+        raise
+    except AutofitError as error:
+        failed = error
+    return Answer(goal, planned, failed, time.monotonic() - start)
+
+
+def _is_alike(after: Planned, measurer: Measurer) -> bool:
+    """Whether what was measured on another device holds on this one."""
+    one, other = after.subject.device, measurer.subject.device
+    return (one.name, one.total_bytes) == (other.name, other.total_bytes)
 
 
 def help_search(
@@ -235,7 +293,7 @@ def _check_found(task: Task, found: Found, trials: Trials) -> None:
     ranked = ranking(found.attempts, task)
     if found.interrupted:
         best = ranked[0] if ranked else None
-        raise Interrupted(RESUMES, found.attempts, best)
+        raise Interrupted(RESUMES, found.attempts, best, task.budget_bytes)
     if ranked:
         return
     if all(is_fault(a.outcome) for a in found.attempts) and found.attempts:

@@ -143,13 +143,22 @@ def default_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
+def check_model(model: str) -> None:
+    """Find out before a process is started for it.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    if model not in architectures.names():
+        architectures.located(model)
+
+
 @contextmanager
 def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Measurer]:
     """Who measures: a worker for a name, this process for a pipe (on the CPU meanwhile, as are the
     pipes of this process that have a profile)."""
     if isinstance(model, str):
-        if model not in architectures.names():
-            architectures.located(model)  # found out before a process is started for it
+        check_model(model)
         worker = Worker(Job(model, dtype, device))
         try:
             yield worker

@@ -47,7 +47,7 @@ class NothingFits(AutofitError):
 
     exit_code = 3
 
-    def __init__(self, message: str, smallest_bytes: int | None) -> None:
+    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
 

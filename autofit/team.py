@@ -1,7 +1,8 @@
-"""More processes that search the study that one plans with: one a GPU.
+"""More processes, one a GPU: they search the study that one plans with, or plan goal after goal.
 
-Each loads the model on its own device and waits until the study is open. What they measure is in
-the study; they are ended when it is searched.
+Each loads the model on its own device. Who searches along waits until the study is open; what it
+measures is in the study, and it is ended when that is searched. Who plans is given a goal at a time
+and answers by a connection. None outlives the process that started it.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 from autofit import session
 from autofit.foresight import Foresight
 from autofit.goals import Goal
-from autofit.planner import Effort, help_search
+from autofit.planner import Answer, Effort, Listener, Planned, answered, help_search
 from autofit.probe import device_named
+from autofit.search import Progress
+from autofit.spec import AutofitError
+from autofit.trial import Measurer
+
+END_S = 10.0  # for a process that has closed its connection to be gone
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a process needs to help."""
+    """What a process needs to help, or to plan goals that differ from this one in the budget."""
 
     model: str
     goal: Goal
@@ -78,11 +86,13 @@ def devices(first: str, count: int) -> list[str]:
 
 
 class _Member:
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, main: str = "main", *open_fds: int) -> None:
         self._device = ask.device
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed at its end
+        code = f"from autofit.team import {main}; {main}()"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from autofit.team import main; main()"],
+            [sys.executable, "-c", code, *map(str, open_fds)],
+            pass_fds=open_fds,
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
@@ -116,8 +126,56 @@ class _Member:
             self._process.stdin.flush()
 
 
+class Planner(_Member):
+    """A process that plans a goal at a time. ``number`` tells it from the others."""
+
+    def __init__(self, ask: Ask, number: int) -> None:
+        self.number = number
+        self.goal: Goal | None = None  # that it is at
+        self.connection, theirs = Pipe()
+        with theirs:
+            super().__init__(ask, "plan_goals", theirs.fileno())
+
+    def begin(self, goal: Goal, after: Planned | None) -> None:
+        self.goal = goal
+        with suppress(OSError):  # it has died, and ``news`` says of what
+            self.connection.send((goal, after))
+
+    def news(self) -> str | Progress | Answer:
+        """What it says next: a stage, a trial, or what came of the goal.
+
+        Raises:
+            EOFError: it has died.
+            AutofitError: it cannot plan any goal.
+        """
+        try:
+            said = self.connection.recv()
+        except OSError as error:
+            raise EOFError from error
+        if isinstance(said, AutofitError):
+            raise said
+        assert isinstance(said, str | Progress | Answer)
+        return said
+
+    def end(self) -> str | None:
+        self.connection.close()
+        return super().end()
+
+    def died_of(self) -> str:
+        """A line about one that has died."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        return self.end() or f"the search on {self._device} ended early"
+
+
+def with_news(planners: Sequence[Planner]) -> list[Planner]:
+    """Those that have something to say; waits until one has."""
+    heard = wait([planner.connection for planner in planners])
+    return [planner for planner in planners if planner.connection in heard]
+
+
 def main() -> None:
-    """What each of the processes runs: the ask and the word to begin come by its input."""
+    """What each who searches along runs: the ask and the word to begin come by its input."""
     ask: Any = pickle.load(sys.stdin.buffer)
     assert isinstance(ask, Ask)
     with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
@@ -127,6 +185,40 @@ def main() -> None:
         # The planner has made the dry run by now, and it is remembered on disk.
         foresight = Foresight(ask.model, ask.goal, ask.device, ask.dtype)
         help_search(measurer, ask.goal, ask.effort, ask.model, foresight.basis)
+
+
+def plan_goals() -> None:
+    """What a ``Planner``'s process runs: the ask comes by its input, goals by the connection."""
+    ask: Any = pickle.load(sys.stdin.buffer)
+    assert isinstance(ask, Ask)
+    threading.Thread(target=_end_with_planner, daemon=True).start()
+    with Connection(int(sys.argv[1])) as connection:
+        try:
+            with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
+                _answer(connection, ask, measurer)
+        except AutofitError as error:
+            connection.send(error)
+
+
+def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
+    """Plan what comes until the other end is closed."""
+    listener = Listener(connection.send, connection.send)
+    foresight = None
+    with suppress(EOFError):
+        while True:
+            goal, after = connection.recv()
+            # as above: who asks has made the dry run by now
+            foresight = foresight or Foresight(ask.model, ask.goal, ask.device, ask.dtype)
+            answer = answered(
+                measurer,
+                goal,
+                ask.effort,
+                listener=listener,
+                defaults=ask.model,
+                foresee=foresight.basis,
+                after=after,
+            )
+            connection.send(answer)
 
 
 def _end_with_planner() -> None:

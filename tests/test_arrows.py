@@ -38,6 +38,7 @@ ROWS = (
     {"session", "outlook", "foresight"},
     {"team"},
     {"__init__", "commands", "predicting", "shelf", "verifying"},
+    {"budgets"},
     {"cli"},
     {"__main__"},
 )

@@ -66,6 +66,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(session, "measuring", refused)
         patch.setattr(architectures, "load", refused)
         patch.setattr("autofit.team.Team", refused)
+        patch.setattr("autofit.team.Planner", refused)
         patch.setattr("autofit.dryrun.DryRun.__init__", refused)
         patch.setattr("autofit.commands.probe_device", refused)
         patch.setattr("autofit.places.at", refused)  # may be a URL

@@ -1,0 +1,323 @@
+"""What `autofit plan` does with several budgets: the largest first, each informed by one before.
+
+One device plans them one by one, and loads the model once. Of several, each takes the next that is
+not begun, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from autofit import commands, host, report, session, team
+from autofit.commands import Listeners
+from autofit.foresight import Foresight
+from autofit.goals import Goal, too_little
+from autofit.planner import Answer, Effort, Planned, answered
+from autofit.probe import device_named
+from autofit.spec import AutofitError, BadInput, NothingFits
+from autofit.units import format_bytes, format_seconds
+
+
+def plan(
+    model: str,
+    goals: Sequence[Goal],
+    effort: Effort,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+    workers: int = 1,
+) -> None:
+    """Plan goals that differ in their budgets only; a profile is kept as soon as it is found.
+
+    Raises:
+        NothingFits: there is a budget without a plan. The others are shown.
+    """
+    console = commands.stderr_console()
+    target = device or session.default_device()
+    device_named(target)  # found out before the model is loaded, as are the others below
+    session.check_model(model)
+    effort.check()
+    found = Found(console)
+    budgets = Budgets(goals, found.add)
+    devices = team.devices(target, workers)[: len(budgets.waiting)]
+    asks = [team.Ask(model, budgets.waiting[0], effort, d, dtype) for d in devices]
+    with (
+        host.granted(goals[0].host_ram_bytes),
+        commands.interruptible(console),
+        commands.watched(console, len(asks)) as listeners,
+    ):
+        if device is None and target == "cpu":
+            console.print(commands.NO_CARD)
+        console.print(f"loading {model} on {', '.join(devices)}", markup=False)
+        foresight = Foresight(model, goals[0], target, dtype)
+        if len(asks) == 1:
+            _one_by_one(asks[0], budgets, foresight, listeners)
+        else:
+            with closing(_Crew(asks, budgets, listeners, console)) as crew:
+                foresight.wait()  # else each would make its own
+                crew.work()
+    print(json.dumps(found.entries(), indent=2) if as_json else found.table())
+    found.check()
+
+
+def _one_by_one(
+    ask: team.Ask, budgets: Budgets, foresight: Foresight, listeners: Listeners
+) -> None:
+    with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
+        while (goal := budgets.next()) is not None:
+            answer = answered(
+                measurer,
+                goal,
+                ask.effort,
+                listener=listeners(0, _head(goal)),
+                defaults=ask.model,
+                foresee=foresight.basis,
+                after=budgets.after(goal),
+            )
+            budgets.tell(answer)
+
+
+class _Crew:
+    """Processes that take the next budget as each is done with one."""
+
+    def __init__(
+        self,
+        asks: Sequence[team.Ask],
+        budgets: Budgets,
+        listeners: Listeners,
+        console: Console,
+    ) -> None:
+        self._budgets, self._listeners, self._console = budgets, listeners, console
+        self._idle = [team.Planner(ask, number) for number, ask in enumerate(asks)]
+        self._busy: list[team.Planner] = []
+
+    def work(self) -> None:
+        """Until every budget has its answer.
+
+        Raises:
+            AutofitError: no process is left.
+        """
+        self._begin()
+        while self._busy:
+            for planner in team.with_news(self._busy):
+                self._hear(planner)
+            self._begin()
+
+    def close(self) -> None:
+        for planner in self._idle + self._busy:
+            planner.end()
+
+    def _begin(self) -> None:
+        while self._idle and (goal := self._budgets.next()) is not None:
+            planner = self._idle.pop(0)
+            planner.begin(goal, self._budgets.after(goal))
+            self._busy.append(planner)
+
+    def _hear(self, planner: team.Planner) -> None:
+        assert planner.goal is not None
+        try:
+            news = planner.news()
+        except EOFError:
+            self._lose(planner, planner.goal)
+            return
+        if isinstance(news, Answer):
+            self._busy.remove(planner)
+            self._idle.append(planner)
+            self._budgets.tell(news)
+            return
+        listener = self._listeners(planner.number, _head(planner.goal))
+        if isinstance(news, str):
+            listener.stage(news)
+        else:
+            listener.progress(news)
+
+    def _lose(self, planner: team.Planner, goal: Goal) -> None:
+        """What it was at is for the others to do."""
+        self._busy.remove(planner)
+        fault = planner.died_of()
+        if not self._idle and not self._busy:
+            raise AutofitError(fault)
+        self._console.print(f"warning: {fault}", style="yellow", markup=False)
+        self._budgets.put_back(goal)
+
+
+# ---------------------------------------------------------------- which is next
+
+
+class Budgets:
+    """Goals that wait, the largest budget first, and what came of the others. One budget is
+    planned for once, however often and in whatever unit it is given."""
+
+    def __init__(self, goals: Sequence[Goal], heard: Callable[[Answer], None]) -> None:
+        different = {goal.budget_bytes: goal for goal in reversed(goals)}
+        self.waiting = [different[size_bytes] for size_bytes in sorted(different, reverse=True)]
+        self._heard = heard
+        self._answers: list[Answer] = []
+
+    def next(self) -> Goal | None:
+        """The next to search for. Those before it that need no search are answered."""
+        while self.waiting:
+            goal = self.waiting.pop(0)
+            answer = self._served(goal) or self._hopeless(goal)
+            if answer is None:
+                return goal
+            self.tell(answer)
+        return None
+
+    def tell(self, answer: Answer) -> None:
+        self._answers.append(answer)
+        self._heard(answer)
+
+    def put_back(self, goal: Goal) -> None:
+        """One that ``next`` gave, to be given again."""
+        self.waiting.insert(0, goal)
+        self.waiting.sort(key=lambda goal: goal.budget_bytes, reverse=True)
+
+    def after(self, goal: Goal) -> Planned | None:
+        """What was planned for the next larger budget: what was tried there is known here."""
+        return min(self._larger(goal), key=lambda p: p.profile.budget_bytes, default=None)
+
+    def _served(self, goal: Goal) -> Answer | None:
+        """A plan for more memory that needs no more than this: a search would find no other."""
+        fits = [
+            planned
+            for planned in self._larger(goal)
+            if planned.profile.measured.peak_bytes <= goal.budget_bytes
+        ]
+        best = min(fits, key=lambda p: p.profile.measured.image_s, default=None)
+        return None if best is None else Answer(goal, best)
+
+    def _hopeless(self, goal: Goal) -> Answer | None:
+        smallest_bytes = _smallest_bytes(self._answers)
+        if goal.budget_bytes >= smallest_bytes:
+            return None
+        return Answer(goal, error=too_little("not tried", smallest_bytes))
+
+    def _larger(self, goal: Goal) -> list[Planned]:
+        return [
+            answer.planned
+            for answer in self._answers
+            if answer.planned and answer.planned.profile.budget_bytes > goal.budget_bytes
+        ]
+
+
+def _smallest_bytes(answers: Sequence[Answer]) -> int:
+    """The least that works, as far as budgets were too small to find out; else 0."""
+    errors = (a.error for a in answers if isinstance(a.error, NothingFits))
+    return max((error.smallest_bytes or 0 for error in errors), default=0)
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+class Found:
+    """The answers. What is planned is kept as it comes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._answers: list[Answer] = []
+        self._paths: dict[int, Path] = {}  # by the budget that was planned for
+        self._unkept: BadInput | None = None
+
+    def add(self, answer: Answer) -> None:
+        self._answers.append(answer)
+        self._answers.sort(key=lambda a: a.goal.budget_bytes, reverse=True)
+        planned = answer.planned
+        if planned is None:
+            self._say(answer, str(answer.error))
+        elif not _is_served(answer, planned):
+            self._keep(planned)
+            commands.print_trials(self._console, planned, answer.took_s)
+            self._say(answer, f"profile {self._path(planned)}")
+        else:
+            peak = format_bytes(planned.profile.measured.peak_bytes)
+            self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: it serves")
+
+    def check(self) -> None:
+        """Raise what the command ends with, where not all is well.
+
+        Raises:
+            BadInput: a profile could not be kept.
+            AutofitError: the search for a budget failed.
+            NothingFits: there is a budget without a plan.
+        """
+        if self._unkept is not None:
+            raise self._unkept
+        failed = [answer for answer in self._answers if answer.error is not None]
+        if not failed:
+            return
+        what = f"no plan for {', '.join(_name(answer.goal) for answer in failed)}"
+        for answer in failed:
+            if not isinstance(answer.error, NothingFits):
+                raise AutofitError(f"{what}: {answer.error}")
+        smallest_bytes = _smallest_bytes(failed)
+        raise too_little(what, smallest_bytes) if smallest_bytes else NothingFits(what)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What ``--json`` prints: of each budget what it would print of that one alone, or why it
+        has no plan. The profile may be one for a larger budget."""
+        return [self._entry(answer) for answer in self._answers]
+
+    def table(self) -> str:
+        """A row a budget: its plan and where the profile is, or why there is none."""
+        rows = [("budget", "image", "peak", "plan", "profile"), *map(self._row, self._answers)]
+        widths = [max(len(row[column]) for row in rows if row[4]) for column in range(4)]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
+            for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _row(self, answer: Answer) -> tuple[str, str, str, str, str]:
+        planned = answer.planned
+        if planned is None:
+            return _name(answer.goal), "-", "-", str(answer.error), ""
+        measured, text = planned.profile.measured, report.plan_text(planned.profile.plan)
+        if _is_served(answer, planned):
+            text += f", as for {self._asked(planned)}"
+        seconds, peak = format_seconds(measured.image_s), format_bytes(measured.peak_bytes)
+        return _name(answer.goal), seconds, peak, text, str(self._path(planned) or "-")
+
+    def _entry(self, answer: Answer) -> dict[str, Any]:
+        entry: dict[str, Any] = {"budget_bytes": answer.goal.budget_bytes}
+        if answer.planned is not None:
+            path = self._path(answer.planned)
+            return entry | commands.found_json(answer.planned, path, answer.took_s)
+        smallest_bytes = getattr(answer.error, "smallest_bytes", None)
+        return entry | {"error": str(answer.error), "smallest_bytes": smallest_bytes}
+
+    def _keep(self, planned: Planned) -> None:
+        try:
+            self._paths[planned.profile.budget_bytes] = session.keep(planned)
+        except BadInput as error:  # a disk that is full by now: the other budgets are planned
+            self._unkept = error
+
+    def _path(self, planned: Planned) -> Path | None:
+        return self._paths.get(planned.profile.budget_bytes)
+
+    def _asked(self, planned: Planned) -> str:
+        """The budget that a plan was made for, as it was written."""
+        asked = planned.profile.budget_bytes
+        return next(_name(a.goal) for a in self._answers if a.goal.budget_bytes == asked)
+
+    def _say(self, answer: Answer, text: str) -> None:
+        self._console.print(f"{_head(answer.goal)}{text}", markup=False, soft_wrap=True)
+
+
+def _is_served(answer: Answer, planned: Planned) -> bool:
+    return planned.profile.budget_bytes != answer.goal.budget_bytes
+
+
+def _name(goal: Goal) -> str:
+    return str(goal.budget)
+
+
+def _head(goal: Goal) -> str:
+    """Before each line about a budget."""
+    return f"{_name(goal)}: "
