@@ -131,6 +131,20 @@ def test_steps_stream_as_if_all_were_its_own_and_an_image_brings_it_once() -> No
     assert held == [6 * GIB, 8 * GIB, 6 * GIB]
 
 
+def test_it_borrows_no_more_than_the_denoiser_lacks() -> None:
+    """SDXL within 8 GiB holds its denoiser, and was taken to hold as much again of the decode's."""
+    needed_bytes = FLUX.denoiser.weight_bytes
+    all_of_it = borrowing(FLUX, needed_bytes + FLUX.weight_bytes // 10, 2 * GIB)
+    assert all_of_it.resident_bytes(FLUX, Phase.STEP) == all_of_it.resident_bytes(
+        FLUX, Phase.DECODE
+    )
+    nearly = borrowing(FLUX, needed_bytes, 2 * GIB)
+    lent_bytes = nearly.resident_bytes(FLUX, Phase.STEP) - needed_bytes
+    assert 0 < lent_bytes < 2 * GIB
+    moved = [p.traffic(FLUX, Phase.ENCODE).pinned_bytes for p in (nearly, Streamed(needed_bytes))]
+    assert moved[0] - moved[1] == lent_bytes
+
+
 @pytest.mark.parametrize("budget", [6, 8, 12])
 def test_with_it_more_weights_are_there_in_the_same_memory(budget: int) -> None:
     """Where the decode takes more than a step. Its memory stays taken, so a step's comes on top."""

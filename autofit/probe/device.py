@@ -234,6 +234,7 @@ def _sage_attempt() -> Callable[[torch.Tensor], torch.Tensor] | None:
 
     def attempt(query: torch.Tensor) -> torch.Tensor:
         key = query.clone()  # version 1 writes into it
-        return torch.as_tensor(sageattn(query, key, query, tensor_layout="NHD"))
+        with torch.cuda.device_of(query):  # where Triton launches
+            return torch.as_tensor(sageattn(query, key, query, tensor_layout="NHD"))
 
     return attempt

@@ -140,7 +140,8 @@ def sage(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
     room = 0, sage_head(size) - size
     # This copies, also where there is nothing to pad: version 1 writes into the keys that it gets.
     padded = (functional.pad(t, room) for t in (query, key, value))
-    out: torch.Tensor = sageattn(*padded, sm_scale=size**-0.5)
+    with torch.cuda.device_of(query):  # where Triton launches
+        out: torch.Tensor = sageattn(*padded, sm_scale=size**-0.5)
     return out[..., :size]
 
 

@@ -118,8 +118,8 @@ class Streamed(Placement):
         )
 
     def resident_bytes(self, pipeline: Pipeline, phase: Phase) -> int:
-        borrowed_bytes = self._borrowed_bytes if phase is Phase.STEP else 0
-        return self._held_bytes(pipeline) + borrowed_bytes
+        lent_bytes = self._lent_bytes(pipeline) if phase is Phase.STEP else 0
+        return self._held_bytes(pipeline) + lent_bytes
 
     def traffic(self, pipeline: Pipeline, phase: Phase) -> Traffic:
         """The denoiser's weights come first; what all else needs, once it fits beside these, stays
@@ -134,7 +134,7 @@ class Streamed(Placement):
             moved_bytes = 0
         moved_bytes *= runs(pipeline, phase)
         if phase is Phase.ENCODE:  # once an image, as much as its own memory does not hold
-            moved_bytes += min(self._borrowed_bytes, max(0, denoiser_bytes - room_bytes))
+            moved_bytes += self._lent_bytes(pipeline)
         if self.from_files:
             return Traffic(pageable_bytes=moved_bytes, overlaps=True)
         return Traffic(moved_bytes, overlaps=True)
@@ -147,6 +147,11 @@ class Streamed(Placement):
         # SDXL and FLUX: larger ones leave more to stream. Each pipe's is found as it runs.
         arena_bytes = min(room_bytes, max(c.largest_leaf_bytes for c in pipeline.components))
         return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
+
+    def _lent_bytes(self, pipeline: Pipeline) -> int:
+        """Of what may be borrowed, what the denoiser lacks."""
+        room_bytes = self._held_bytes(pipeline) - self._settled_bytes(pipeline)
+        return min(self._borrowed_bytes, max(0, pipeline.denoiser.weight_bytes - room_bytes))
 
     @property
     def _borrowed_bytes(self) -> int:
