@@ -27,8 +27,8 @@ from pydantic import TypeAdapter
 from readme import publish
 from record_trials import CASES
 
-from autofit import report, store
-from autofit.spec import Attempt, Failure, Measurement, Outcome, Plan, Profile
+from autofit import cost, report, store
+from autofit.spec import Attempt, Failure, Measurement, Outcome, Phase, Plan, Profile
 from autofit.techniques import KINDS
 from autofit.units import GIB
 
@@ -104,7 +104,7 @@ def write(line: dict[str, Any]) -> None:
     if of_matrix(line) or line["case"] not in map(asdict, CASES):
         return
     golden = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
-        k: found[k] for k in ("profile", "trials", "pipeline", "device")
+        k: found[k] for k in ("profile", "trials", "pipeline", "device", "basis") if k in found
     }
     folder = GOLDEN / ("sampled" if "sampled" in line else "trials")
     target = folder / f"{name(line)}.json.gz"
@@ -129,6 +129,14 @@ def attempt_of(trial: dict[str, Any]) -> Attempt:
     data = trial["measured"] or trial["failure"]
     infinite = {k: math.inf for k, found in data.items() if found == "Infinity"}
     return Attempt(plan, OUTCOME.validate_python(data | infinite))
+
+
+def basis_of(data: dict[str, Any]) -> cost.Basis:
+    """What the search of a golden case started from; nothing in those of before it was recorded."""
+    return {
+        (known["dtype"], Phase(known["phase"])): cost.Plain(**known["plain"])
+        for known in data.get("basis", ())
+    }
 
 
 def tables() -> str:

@@ -1,6 +1,6 @@
 """Plan every budget at every size that people use, on this machine's GPU: a JSON line a cell.
 
-    python scripts/record_matrix.py --out DIR [--only sdxl,sd15] [--limit 25] [--deadline 540]
+    python scripts/record_matrix.py --out DIR [--only sdxl,sd15] [--limit 60] [--deadline 540]
 
 First each model at the size that most people use, then the other sizes. A cell costs trials only
 where it must: where the plan for a larger budget needs no more than this one, it is the plan for
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
     parser.add_argument("--only", default="", help="names of models, in the order to plan them")
-    parser.add_argument("--limit", type=float, default=25.0, help="seconds of search a cell")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of search a cell")
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds to be done in")
     parser.add_argument("--device", default=session.default_device())
     options = parser.parse_args()

@@ -23,14 +23,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from autofit import report, session
+from autofit import cost, report, session
 from autofit.budgeted import Trials, predicted_s
 from autofit.foresight import Foresight
 from autofit.goals import Goal
+from autofit.plain import plain
 from autofit.planner import Effort, Listener, Planned, find_plan, task_for
-from autofit.sampler import PlanSampler
+from autofit.sampler import PlanSampler, Task
 from autofit.search import GIVE_UP, Progress
-from autofit.spec import Attempt, AutofitError, Measurement, NothingFits, Outcome, Plan, Profile
+from autofit.spec import (
+    Attempt,
+    AutofitError,
+    Measurement,
+    NothingFits,
+    Outcome,
+    Phase,
+    Plan,
+    Profile,
+)
 from autofit.trial import Measurer
 from autofit.units import parse_pixels
 
@@ -134,7 +144,12 @@ def record(
         "error": None,
         "smallest_bytes": None,
     }
-    listener, foresee = Listener(print, told), foresight.basis
+    listener, basis = Listener(print, told), dict[tuple[str, Phase], cost.Plain]()
+
+    def foresee(task: Task) -> cost.Basis:
+        basis.update(foresight.basis(task))
+        return basis
+
     try:
         planned = find_plan(
             measurer, goal, effort, listener=listener, foresee=foresee, after=after, begin=begin
@@ -154,6 +169,8 @@ def record(
     found = report.study_json(
         planned.profile, planned.attempts, subject.pipeline, subject.device, planned.limit_s
     )
+    foreseen = [{"dtype": d, "phase": p, "plain": plain(known)} for (d, p), known in basis.items()]
+    found |= {"basis": foreseen}
     return line | {"found": found, "plan_s": time.monotonic() - start}, planned
 
 

@@ -169,10 +169,13 @@ def test_the_reference_is_found_without_predicting_every_plan(
         if completed is not None and predicted.peak_bytes <= asked.budget_bytes:
             rows.append((plan.fidelity.rank, len(plan.techniques), predicted.image_s, plan))
     limit_s = REFERENCE_SLOWER * min(row[2] for row in rows)
-    expected = min((row for row in rows if row[2] <= limit_s), key=lambda row: row[:3])[-1]
+    expected = min((row for row in rows if row[2] <= limit_s), key=lambda row: row[:3])
     completed_one, calls = cost.fitted, []
     monkeypatch.setattr(cost, "fitted", lambda *a: calls.append(a) or completed_one(*a))
-    assert Trials(Scripted(), asked, tmp_path).first == [expected]
+    (first,) = Trials(Scripted(), asked, tmp_path).first
+    (found,) = (row for row in rows if row[-1] == first)
+    assert found[:2] <= expected[:2]
+    assert found[2] <= (1 if found[:2] == expected[:2] else 2) * limit_s  # by the fastest way alone
     assert len(calls) <= len(plans) / 2
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from make_profiles import attempt_of
+from make_profiles import attempt_of, basis_of
 from pydantic import TypeAdapter
 
 from autofit import cost, store
@@ -25,14 +25,14 @@ from autofit.spec import (
     Plan,
     Workload,
 )
-from autofit.techniques.streamed import Streamed
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((ROOT / "tests" / "golden" / "trials").glob("*.json.gz"))
 SAMPLED = sorted((ROOT / "tests" / "golden" / "sampled").glob("*.json.gz"))
 # What arithmetic alone, before any trial, may err by on these. Attention grows with the square of
-# the tokens, which the arithmetic leaves out: at 3840x2224 that is a factor of ten.
-PEAK_ERROR, TIME_FACTOR = 0.36, 12.0
+# the tokens, which the arithmetic leaves out: at 3840x2224 that is a factor of seven, and of twice
+# that with a graph, which is hoped to halve steps of which nothing is known.
+PEAK_ERROR, TIME_FACTOR = 0.36, 15.0
 # How near to the best of all recorded trials the search must come, and by how many.
 NEAR, TRIALS = 0.03, 12
 
@@ -67,6 +67,7 @@ class Recorded:
             TypeAdapter(Device).validate_python(self.data["device"]),
             Workload(**profile["workload"]),
             profile["budget_bytes"],
+            basis=basis_of(self.data),
         )
 
 
@@ -76,9 +77,7 @@ def _held_bytes(plan: Plan) -> int:
 
 def _opened(plan: Plan) -> Plan:
     """The plan as the search is given it, before the budget completes it."""
-    if not isinstance(plan.placement, Streamed):
-        return plan
-    return Plan((*plan.techniques[:-1], replace(plan.placement, weights_bytes=None)))
+    return cost.placed(plan, plan.placement.opened)
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda p: p.name.removesuffix(".json.gz"))
@@ -107,7 +106,7 @@ def test_every_profile_was_verified_within_its_budget(path: Path) -> None:
 
 def test_the_search_over_recorded_trials_finds_their_best(recorded: Recorded) -> None:
     task = recorded.task()
-    found = search(task, recorded.measure)
+    found = search(task, recorded.measure, first=[task.plans[0]])  # the reference
     best = ranking(recorded.attempts, task)[0]
     again = ranking(found.attempts, task)[0]
     assert isinstance(best.outcome, Measurement)
