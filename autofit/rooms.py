@@ -54,6 +54,11 @@ class Fits:
         return np.array([fit.transfer_s[phase] for fit in self.fits], dtype=float)
 
 
+# Plans in a row whose first trial ran out of memory: each after these says that more is taken than
+# is predicted of them all.
+IN_VAIN = 2
+
+
 class Rooms:
     """The open ones among the plans: what each was tried with, and what to try it with next."""
 
@@ -80,6 +85,7 @@ class Rooms:
         self._beside_bytes = np.full(count, np.nan)  # as measured,
         self._borrowed_bytes = np.zeros(count)  # and with how much borrowed
         self._starved = np.zeros(count, dtype=bool)
+        self._in_vain = 0  # first trials in a row that ran out of memory
         self._known: dict[tuple[int, int, int], Fit] = {}
 
     def fits(self, beside_bytes: Floats, decode_bytes: Floats) -> Fits:
@@ -93,7 +99,8 @@ class Rooms:
         decode_bytes = np.where(lent, np.minimum(decode_bytes, self._borrowed_bytes), decode_bytes)
         unused_bytes = np.maximum(0, self._borrowed_bytes - decode_bytes)
         beside_bytes = np.where(seen, self._beside_bytes - unused_bytes, beside_bytes)
-        aside_bytes = np.where(seen, 1.0, 1 + cost.UNSEEN) * beside_bytes
+        unseen = 1 + cost.UNSEEN * max(1, self._in_vain - IN_VAIN)
+        aside_bytes = np.where(seen, 1.0, unseen) * beside_bytes
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - aside_bytes
         wanted = np.minimum(left_bytes, self._high)
         rooms = np.maximum(wanted, self.least_bytes).astype(int)
@@ -142,6 +149,7 @@ class Rooms:
         self._trials[i] += 1
         step_bytes = int(STEP * self._budget_bytes)
         if isinstance(outcome, Measurement):
+            self._in_vain = 0
             self._saw(i, room, outcome)
             if outcome.starved and not self._starved[i]:
                 self._starved[i] = True  # once: some ask for what no budget has
@@ -152,6 +160,7 @@ class Rooms:
                 self._high[i] = self._failed[i] - step_bytes // 4
                 return
         elif outcome.why in (Why.OUT_OF_MEMORY, Why.OVER_BUDGET):
+            self._in_vain += int(self._trials[i] == 1)
             short_bytes = (outcome.needed_bytes or 0) - self._budget_bytes
             step_bytes = max(self._trials[i] * step_bytes, short_bytes)
         else:

@@ -25,7 +25,7 @@ from worlds import (
 )
 
 from autofit import cost
-from autofit.rooms import REFITS, STARVED, STEP, Room, Rooms
+from autofit.rooms import IN_VAIN, REFITS, STARVED, STEP, Room, Rooms
 from autofit.sampler import MIN_GAIN, PlanSampler, Task, ranking
 from autofit.search import Found, Limits, search
 from autofit.spec import (
@@ -185,6 +185,28 @@ def test_what_one_plan_lacked_is_not_refused_to_others() -> None:
     assert again is not None
     assert held_bytes(again) < held_bytes(plan)
     assert isinstance(world.measure(again, None), Measurement)
+
+
+def test_trials_in_vain_leave_the_others_less_until_one_fits() -> None:
+    """Each was tried with what it should leave room for, and 28 in a row ran out of memory."""
+    plans = [p for p in legal_plans(FLUX, CARD, FLUX_LARGE) if p.placement == ALONE.placement][:7]
+    surrogate = Surrogate(plans, FLUX, CARD, FLUX_LARGE, gib(16), {})
+
+    def held(number: int) -> int:
+        placement = surrogate.placement(number)
+        assert placement is not None
+        return cost.held_bytes(placement, FLUX)
+
+    failed, seen = Failure(Why.OUT_OF_MEMORY, "Tried to allocate"), [held(6)]
+    for number in range(5):
+        surrogate.learn(
+            number, cost.placed(plans[number], surrogate.placement(number)), failed, None
+        )
+        seen.append(held(6))
+    assert seen[IN_VAIN + 1] > seen[-2] > seen[-1]
+    fits = cost.placed(plans[5], replace(ALONE.placement, weights_bytes=gib(2)))
+    surrogate.learn(5, fits, World(gib(16), 1, FLUX_LARGE, FLUX).truth(fits), None)
+    assert held(6) > seen[-1]
 
 
 @pytest.mark.parametrize(
