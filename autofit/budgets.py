@@ -7,8 +7,8 @@ not begun, in a process of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from autofit import commands, host, report, session, team
 from autofit.commands import Listeners
 from autofit.foresight import Foresight
 from autofit.goals import Goal, too_little
-from autofit.planner import Answer, Effort, Planned, answered
+from autofit.planner import Answer, Effort, Interrupted, Planned, answered
 from autofit.probe import device_named
 from autofit.spec import AutofitError, BadInput, NothingFits
 from autofit.units import format_bytes, format_seconds
@@ -48,6 +48,7 @@ def plan(
     devices = team.devices(target, workers)[: len(budgets.waiting)]
     asks = [team.Ask(model, budgets.waiting[0], effort, d, dtype) for d in devices]
     with (
+        found.told(as_json),
         host.granted(goals[0].host_ram_bytes),
         commands.interruptible(console),
         commands.watched(console, len(asks)) as listeners,
@@ -62,7 +63,6 @@ def plan(
             with closing(_Crew(asks, budgets, listeners, console)) as crew:
                 foresight.wait()  # else each would make its own
                 crew.work()
-    print(json.dumps(found.entries(), indent=2) if as_json else found.table())
     found.check()
 
 
@@ -116,7 +116,7 @@ class _Crew:
     def _begin(self) -> None:
         while self._idle and (goal := self._budgets.next()) is not None:
             planner = self._idle.pop(0)
-            planner.begin(goal, self._budgets.after(goal))
+            planner.begin(goal, self._budgets.after(goal), self._budgets.was_begun(goal))
             self._busy.append(planner)
 
     def _hear(self, planner: team.Planner) -> None:
@@ -124,11 +124,14 @@ class _Crew:
         try:
             news = planner.news()
         except EOFError:
-            self._lose(planner, planner.goal)
+            self._lose(planner, planner.goal, planner.died_of())
             return
         if isinstance(news, Answer):
-            self._busy.remove(planner)
+            if _is_fault(news) and len(self._idle) + len(self._busy) > 1:
+                self._lose(planner, planner.goal, planner.dismissed(str(news.error)))
+                return
             self._idle.append(planner)
+            self._busy.remove(planner)
             self._budgets.tell(news)
             return
         listener = self._listeners(planner.number, _head(planner.goal))
@@ -137,14 +140,19 @@ class _Crew:
         else:
             listener.progress(news)
 
-    def _lose(self, planner: team.Planner, goal: Goal) -> None:
+    def _lose(self, planner: team.Planner, goal: Goal, fault: str) -> None:
         """What it was at is for the others to do."""
         self._busy.remove(planner)
-        fault = planner.died_of()
         if not self._idle and not self._busy:
             raise AutofitError(fault)
         self._console.print(f"warning: {fault}", style="yellow", markup=False)
         self._budgets.put_back(goal)
+
+
+def _is_fault(answer: Answer) -> bool:
+    """Whether it may be the device that is at fault and not the budget: another may do."""
+    error = answer.error
+    return error is not None and getattr(error, "smallest_bytes", None) is None
 
 
 # ---------------------------------------------------------------- which is next
@@ -159,6 +167,7 @@ class Budgets:
         self.waiting = [different[size_bytes] for size_bytes in sorted(different, reverse=True)]
         self._heard = heard
         self._answers: list[Answer] = []
+        self._begun: set[int] = set()  # by one who could not end it
 
     def next(self) -> Goal | None:
         """The next to search for. Those before it that need no search are answered."""
@@ -176,8 +185,12 @@ class Budgets:
 
     def put_back(self, goal: Goal) -> None:
         """One that ``next`` gave, to be given again."""
+        self._begun.add(goal.budget_bytes)
         self.waiting.insert(0, goal)
         self.waiting.sort(key=lambda goal: goal.budget_bytes, reverse=True)
+
+    def was_begun(self, goal: Goal) -> bool:
+        return goal.budget_bytes in self._begun
 
     def after(self, goal: Goal) -> Planned | None:
         """What was planned for the next larger budget: what was tried there is known here."""
@@ -238,6 +251,22 @@ class Found:
         else:
             peak = format_bytes(planned.profile.measured.peak_bytes)
             self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: it serves")
+
+    @contextmanager
+    def told(self, as_json: bool) -> Iterator[None]:
+        """Print the answers at the end, also of a failure; Ctrl-C comes at no answer's time."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except AutofitError:
+            if self._answers:
+                self._print(as_json)
+            raise
+        self._print(as_json)
+
+    def _print(self, as_json: bool) -> None:
+        print(json.dumps(self.entries(), indent=2) if as_json else self.table())
 
     def check(self) -> None:
         """Raise what the command ends with, where not all is well.

@@ -243,8 +243,21 @@ class Phases:
     def seconds(self, device: Device, phase: Phase) -> float:
         """Bound one phase: ``max(compute, bytes / bandwidth)`` where the two overlap, else the
         sum."""
+        return self._moved_s(self.compute_s(device, phase), device, phase)
+
+    def apart_s(self, device: Device, phase: Phase) -> tuple[float, float]:
+        """What the device and what the host takes: the longer counts. Of an open placement without
+        its transfers; those that nothing overlaps delay what the host launches too."""
+        busy_s, launching_s = self.busy_s(device, phase), self.launching_s(phase)
+        if self.plan.placement.is_open:
+            return busy_s, launching_s
+        if launching_s and not self.plan.placement.traffic(self.facts, phase).overlaps:
+            launching_s = self._moved_s(launching_s, device, phase)
+        return self._moved_s(busy_s, device, phase), launching_s
+
+    def _moved_s(self, spent_s: float, device: Device, phase: Phase) -> float:
         traffic = self.plan.placement.traffic(self.facts, phase)
-        return moved_s(self.compute_s(device, phase), traffic, self.facts, device, phase)
+        return moved_s(spent_s, traffic, self.facts, device, phase)
 
     def compute_s(self, device: Device, phase: Phase) -> float:
         """One phase without its transfers."""

@@ -59,16 +59,14 @@ class PhaseTable:
         self.stays = np.array([a.stays(phase) for a in at])
         self.weight_bytes = np.array([p.resident_bytes(f, phase) for p, f in placements], float)
         self.apart_bytes = np.array([p.apart_bytes(f, phase) for p, f in placements], float)
-        times = [(a.busy_s if a.plan.placement.is_open else a.seconds)(device, phase) for a in at]
-        launching = [a.launching_s(phase) for a in at]
-        self.seconds = Longer(
-            Corrected(np.array(times), self.features, ridge),
-            Corrected(np.array(launching), self.features, ridge),
-        )
+        times = np.array([a.apart_s(device, phase) for a in at])
+        self.seconds = Longer(*(Corrected(part, self.features, ridge) for part in times.T))
         traffics = [p.traffic(f, phase) for p, f in placements]
         self.bus_s = np.array([t.pinned_bytes / device.pinned_bytes_s for t in traffics])
         activations = np.array([a.activation_bytes(phase) for a in at], float)
-        self.activations = Corrected(activations + ACTIVATION_FLOOR, self.features, ridge)
+        self.activations = Corrected(
+            activations + ACTIVATION_FLOOR, self.features, np.minimum(ridge, RIDGE)
+        )
 
     def refuse(self, number: int, left_bytes: Floats) -> None:
         """This plan ran out of memory here, and so would those that run it the same way with as
@@ -176,6 +174,8 @@ class Longer:
         self._in_order(row)[0].learn_at_least(row, value)
 
     def learn_at_most(self, row: int, value: float) -> None:
+        if self.values()[row] > value:
+            self._seen.pop(row, None)
         for part in (self._busy, self._launching):
             part.learn_at_most(row, value)
 

@@ -28,7 +28,7 @@ from autofit.goals import Goal
 from autofit.planner import Answer, Effort, Listener, Planned, answered, help_search
 from autofit.probe import device_named
 from autofit.search import Progress
-from autofit.spec import AutofitError
+from autofit.spec import AutofitError, BadInput
 from autofit.trial import Measurer
 
 END_S = 10.0  # for a process that has closed its connection to be gone
@@ -136,10 +136,11 @@ class Planner(_Member):
         with theirs:
             super().__init__(ask, "plan_goals", theirs.fileno())
 
-    def begin(self, goal: Goal, after: Planned | None) -> None:
+    def begin(self, goal: Goal, after: Planned | None, resumes: bool) -> None:
+        """``resumes`` what another has begun: what that had measured is not forgotten."""
         self.goal = goal
         with suppress(OSError):  # it has died, and ``news`` says of what
-            self.connection.send((goal, after))
+            self.connection.send((goal, after, resumes))
 
     def news(self) -> str | Progress | Answer:
         """What it says next: a stage, a trial, or what came of the goal.
@@ -166,6 +167,11 @@ class Planner(_Member):
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
         return self.end() or f"the search on {self._device} ended early"
+
+    def dismissed(self, reason: str) -> str:
+        """End it; a line about it."""
+        self.end()
+        return f"the search on {self._device} ended early: {reason}"
 
 
 def with_news(planners: Sequence[Planner]) -> list[Planner]:
@@ -196,8 +202,10 @@ def plan_goals() -> None:
         try:
             with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
                 _answer(connection, ask, measurer)
-        except AutofitError as error:
+        except BadInput as error:  # of the question, and so for every other process too
             connection.send(error)
+        except AutofitError as error:  # of this one: it has died, and the others go on
+            sys.exit(str(error))
 
 
 def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
@@ -206,13 +214,13 @@ def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
     foresight = None
     with suppress(EOFError):
         while True:
-            goal, after = connection.recv()
+            goal, after, resumes = connection.recv()
             # as above: who asks has made the dry run by now
             foresight = foresight or Foresight(ask.model, ask.goal, ask.device, ask.dtype)
             answer = answered(
                 measurer,
                 goal,
-                ask.effort,
+                ask.effort.joined if resumes else ask.effort,
                 listener=listener,
                 defaults=ask.model,
                 foresee=foresight.basis,

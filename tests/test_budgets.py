@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -215,10 +215,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             super().__init__(*asked)
             seen.planners.append(self)
 
-        def begin(self, goal: Goal, after: Planned | None) -> None:
+        def begin(self, goal: Goal, after: Planned | None, resumes: bool) -> None:
             known = None if after is None else after.profile.budget_bytes // MIB
             seen.begun.append((self.number, goal.budget_bytes // MIB, known))
-            super().begin(goal, after)
+            super().begin(goal, after, resumes)
 
     monkeypatch.setattr(team, "Planner", Planner)
     return seen
@@ -282,6 +282,65 @@ def test_workers_that_died_are_told_and_the_last_is_the_end(watched: Watched, lo
     assert ended.complaint == "the search on cpu ended early: -9"
     assert ended.err.count("warning: the search on cpu ended early: -9\n") == 1
     assert watched.gone
+
+
+class Scripted:
+    """In place of a process: what the first is given fails, the others' budgets are planned."""
+
+    begun: ClassVar[list[tuple[int, str, bool]]] = []
+
+    def __init__(self, ask: team.Ask, number: int) -> None:
+        self.number, self.goal = number, ask.goal
+
+    def begin(self, goal: Goal, after: Planned | None, resumes: bool) -> None:
+        self.goal = goal
+        self.begun.append((self.number, str(goal.budget), resumes))
+
+    def news(self) -> Answer:
+        budget = str(self.goal.budget)
+        if self.number == 0:
+            return Answer(self.goal, error=AutofitError("the worker did not start"))
+        return replace(found(budget, budget), goal=self.goal)
+
+    def dismissed(self, reason: str) -> str:
+        return f"ended early: {reason}"
+
+    def end(self) -> None: ...
+
+
+def test_a_device_at_fault_does_not_fail_the_others_budgets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(team, "Planner", Scripted)
+    monkeypatch.setattr(team, "with_news", lambda planners: planners[:1])
+    monkeypatch.setattr(Scripted, "begun", [])
+    budgets = ("--budget", "60MiB,6MiB,5MiB", "--workers", "2", "--fresh", "--json")
+    ended = autofit(*ASKED, *budgets)
+    assert ended.code == 0, ended.err
+    assert Scripted.begun == [
+        (0, "60MiB", False), (1, "6MiB", False), (1, "60MiB", True), (1, "5MiB", False),
+    ]  # fmt: skip
+    assert ended.err.count("warning: ended early: the worker did not start\n") == 1
+    assert [entry["budget_bytes"] // MIB for entry in json.loads(ended.out)] == [60, 6, 5]
+
+
+def test_what_was_found_is_told_also_where_the_rest_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(Scripted):
+        def news(self) -> Answer:
+            if len(self.begun) > 2:
+                raise EOFError
+            return replace(found("60MiB", "60MiB"), goal=self.goal)
+
+        def died_of(self) -> str:
+            return "the search on cpu ended early: -9"
+
+    monkeypatch.setattr(team, "Planner", Dying)
+    monkeypatch.setattr(team, "with_news", lambda planners: planners[:1])
+    monkeypatch.setattr(Scripted, "begun", [])
+    ended = autofit(*ASKED, "--budget", "60MiB,6MiB,5MiB", "--workers", "2", "--json")
+    assert ended.code == 1
+    assert ended.err.endswith("\nautofit: the search on cpu ended early: -9\n")
+    assert [entry["budget_bytes"] // MIB for entry in json.loads(ended.out)] == [60]
 
 
 @pytest.mark.slow

@@ -503,6 +503,26 @@ def test_what_took_long_is_laid_to_the_longer_of_device_and_host(busy_s: float) 
     assert found_s == pytest.approx([spent_s, expected_s])
 
 
+def test_a_step_that_took_less_since_is_no_longer_as_it_was_measured() -> None:
+    """As that of a plan which had starved, and was given fewer weights and its kernels back."""
+    plan = Plan((Resident(),))
+    step = Surrogate([plan], SDXL, CARD, LARGE, gib(24), of_step(0.01, 0.02)).tables[Phase.STEP]
+    step.seconds.learn(0, 1.0)
+    step.seconds.learn_at_most(0, 2.0)
+    assert (step.seconds.values()[0], step.seconds.at_most[0]) == (1.0, False)
+    step.seconds.learn_at_most(0, 0.7)
+    assert step.seconds.values()[0] == pytest.approx(0.7)
+    assert step.seconds.at_most[0]
+
+
+def test_the_host_is_not_taken_for_the_device_where_transfers_are_counted_in() -> None:
+    """A host faster than probed says nothing of a graph."""
+    plans = [Plan((*t, Resident())) for t in ((), (CudaGraph(),))]
+    step = Surrogate(plans, SDXL, CARD, LARGE, gib(24), of_step(0.01, 0.03)).tables[Phase.STEP]
+    step.seconds.learn(0, 0.02)
+    assert step.seconds.values() == pytest.approx([0.02, 0.01])
+
+
 def test_once_measured_a_plan_leaves_the_margin_alone() -> None:
     """Its first trial goes by a prediction, and leaves more."""
     plan = next(p for p in EXACT if p.label == "streamed")

@@ -134,7 +134,7 @@ class Streamed(Placement):
             moved_bytes = 0
         moved_bytes *= runs(pipeline, phase)
         if phase is Phase.ENCODE:  # once an image, as much as its own memory does not hold
-            moved_bytes += self._lent_bytes(pipeline)
+            moved_bytes += min(self._borrowed_bytes, max(0, denoiser_bytes - room_bytes))
         if self.from_files:
             return Traffic(pageable_bytes=moved_bytes, overlaps=True)
         return Traffic(moved_bytes, overlaps=True)
@@ -143,15 +143,20 @@ class Streamed(Placement):
         """What of the denoiser streams: what does not fit, and what gives way to the arena."""
         if short_bytes <= 0:
             return 0
-        # The arena is the smallest that holds any layer of the pipe, by the schedules found for
-        # SDXL and FLUX: larger ones leave more to stream. Each pipe's is found as it runs.
-        arena_bytes = min(room_bytes, max(c.largest_leaf_bytes for c in pipeline.components))
+        arena_bytes = min(room_bytes, self._arena_bytes(pipeline))
         return min(pipeline.denoiser.weight_bytes, short_bytes + arena_bytes)
 
+    @staticmethod
+    def _arena_bytes(pipeline: Pipeline) -> int:
+        """The smallest that holds any layer of the pipe, by the schedules found for SDXL and FLUX:
+        larger ones leave more to stream. Each pipe's is found as it runs."""
+        return max(c.largest_leaf_bytes for c in pipeline.components)
+
     def _lent_bytes(self, pipeline: Pipeline) -> int:
-        """Of what may be borrowed, what the denoiser lacks."""
+        """A loan is taken whole, or not at all where the denoiser fits without."""
         room_bytes = self._held_bytes(pipeline) - self._settled_bytes(pipeline)
-        return min(self._borrowed_bytes, max(0, pipeline.denoiser.weight_bytes - room_bytes))
+        fits = room_bytes - self._arena_bytes(pipeline) >= pipeline.denoiser.weight_bytes
+        return 0 if fits else self._borrowed_bytes
 
     @property
     def _borrowed_bytes(self) -> int:
