@@ -81,6 +81,7 @@ def test_below_what_nothing_fits_nothing_is_tried(of_size: list[Line]) -> None:
     assert in_vain["plan_s"] > skipped["plan_s"] == 0
 
 
+@pytest.mark.slow
 def test_a_later_run_knows_what_was_tried(matrix: Any, of_size: list[Line], tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in of_size[:2]), "utf-8")
