@@ -58,7 +58,9 @@ class _Prompts:
     def __init__(self, pipe: Any, found: Callable[..., Any], unread: list[torch.Tensor]) -> None:
         self._pipe, self._found = pipe, found
         self._unread = {id(tensor): tensor for tensor in unread}  # held: an id is not given twice
-        self._lock = threading.Lock()
+        # One at a time, and what an encoding asks of itself: how to pad and truncate is set on a
+        # tokenizer before each call, so that threads could tokenize by each other's word.
+        self._lock = threading.RLock()
         self._kept: OrderedDict[Hashable, _Encoded] = OrderedDict()
         self._state: Any = None
 
@@ -66,6 +68,10 @@ class _Prompts:
         key = self._key(args, kwargs)
         if key is None:
             return self._found(*args, **kwargs)
+        with self._lock:
+            return self._known_or_made(key, args, kwargs)
+
+    def _known_or_made(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = _state(self._pipe, self._unread)
         entry = self._look_up(key, state)
         if entry is not None:
@@ -95,23 +101,19 @@ class _Prompts:
         return given, guided, device
 
     def _look_up(self, key: Hashable, state: Any) -> _Encoded | None:
-        with self._lock:
-            if state != self._state:
-                self._kept.clear()
-                self._state = state
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
+        if state != self._state:
+            self._kept.clear()
+            self._state = state
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
 
     def _keep(self, key: Hashable, state: Any, entry: _Encoded | None) -> None:
-        if entry is None:
+        if entry is None or state != self._state:  # changed by what it asked of itself
             return
-        with self._lock:
-            if state != self._state:  # another thread saw a change meanwhile
-                return
-            self._kept[key] = entry
-            while len(self._kept) > ENTRIES or self._size_bytes() > MAX_BYTES:
-                self._kept.popitem(last=False)
+        self._kept[key] = entry
+        while len(self._kept) > ENTRIES or self._size_bytes() > MAX_BYTES:
+            self._kept.popitem(last=False)
 
     def _size_bytes(self) -> int:
         return sum(entry.size_bytes for entry in self._kept.values())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -620,6 +622,34 @@ def test_threads_may_encode_at_once(pipe: Any) -> None:
         for thread in threads:
             thread.join()
     assert faults == []
+
+
+def test_one_thread_encodes_at_a_time(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer is told how to pad before each call, by whoever comes last."""
+    inside, most = [0], [0]
+    found = type(pipe).encode_prompt
+
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        made = found(self, *args, **kwargs)
+        inside[0] -= 1
+        return made
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", functools.wraps(found)(encode_prompt))
+
+    def work(word: str) -> None:
+        with torch.no_grad():
+            encode(pipe, word)
+
+    with cached(pipe):
+        threads = [threading.Thread(target=work, args=(f"a cat, {n}",)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == [1]
 
 
 def test_pixart_sigma_is_served_with_its_masks() -> None:
