@@ -94,6 +94,7 @@ def test_contenders_that_run_and_one_that_cannot_are_lines(tmp_path: Path) -> No
     assert run(tmp_path, *asked, "--limit", "0.01") == lines, "what has a line is not run again"
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_there_is_not_searched_for_again(tmp_path: Path) -> None:
     plan = Plan((Streamed(weights_bytes=2_000_000),))
     known = samples.profile(
@@ -240,6 +241,7 @@ def test_the_limit_is_compute_or_the_bus(
     assert found["limit_s"] == pytest.approx(limit_s)
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_ended_ends_its_child(tmp_path: Path) -> None:
     """Which holds a card and a model's weights in page-locked memory."""
     command = [sys.executable, SCRIPTS / "bench_peers.py", "--out", tmp_path, "--device", "cpu"]

@@ -244,11 +244,9 @@ print(found["fxgraph_cache_hit"] + found["autograd_cache_hit"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "own", [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["in the cache folder", "where the user says"],
-)  # fmt: skip
+@pytest.mark.parametrize("own", [False, True], ids=["in the cache folder", "where the user says"])
 def test_what_was_compiled_is_found_by_the_next_process(own: bool, tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++")

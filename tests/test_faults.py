@@ -81,6 +81,7 @@ def planned_on_a_disk(home: Path, room_bytes: int) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_the_start_is_said_to_be(tmp_path: Path) -> None:
     done = planned_on_a_disk(tmp_path, 1000)
     assert done.returncode == 1

@@ -85,7 +85,7 @@ def test_what_is_one_chunk_is_left_alone(pipes: Pipes, model: str) -> None:
         ("tiny-sd", (TracedDenoiser(),), Resident()),
         ("tiny-sd", (RegionalCompile(),), Streamed()),
         ("tiny-sd", (TwoPasses(),), Streamed()),
-        ("tiny-sd3", (RegionalCompile(),), Resident()),
+        pytest.param("tiny-sd3", (RegionalCompile(),), Resident(), marks=pytest.mark.slow),
         ("tiny-sd3", (TwoPasses(),), ModelOffload()),
         ("tiny-sd3", (HalfPrecision("bfloat16"), TracedDenoiser(), TwoPasses()), Resident()),
     ],

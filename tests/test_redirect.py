@@ -101,6 +101,7 @@ def test_inside_a_trace(technique: Technique, pipe: Any, computed: list[torch.Si
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @BY_NAME
 def test_inside_compiled_blocks(
     technique: Technique, pipe: Any, computed: list[torch.Size], monkeypatch: pytest.MonkeyPatch
