@@ -56,7 +56,9 @@ HOOK_S = 2e-4
 UNSEEN = 0.05
 # Of the seconds that attention takes, what another kernel may save.
 ATTENTION_HOPE = 0.5
-LAUNCHING_HOPE = 0.5  # the same, for what launches in another way: of the device's seconds
+# Of what the host takes to launch, as a share of the device's seconds, what another way to launch
+# may save.
+LAUNCHING_HOPE = 0.5
 # Of the budget, what an open plan leaves free: the allocator's rounding differs from call to call.
 MARGIN = 0.01
 TOKENS = 256  # of a prompt, between CLIP's 77 and T5's 512

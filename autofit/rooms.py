@@ -21,6 +21,9 @@ Bools = npt.NDArray[np.bool_]
 REFITS = 3  # trials of one plan beyond its first
 STEP = 0.02  # of the budget: a failed plan gives up that much, unused bytes below are left
 STARVED = 3  # steps: workspaces are larger than what a peak is mispredicted by
+# Plans in a row whose first trial ran out of memory: each after these says that more is taken than
+# is predicted of them all.
+IN_VAIN = 3
 
 
 class Room(NamedTuple):
@@ -52,11 +55,6 @@ class Fits:
 
     def transfer_s(self, phase: Phase) -> Floats:
         return np.array([fit.transfer_s[phase] for fit in self.fits], dtype=float)
-
-
-# Plans in a row whose first trial ran out of memory: each after these says that more is taken than
-# is predicted of them all.
-IN_VAIN = 2
 
 
 class Rooms:
@@ -99,7 +97,7 @@ class Rooms:
         decode_bytes = np.where(lent, np.minimum(decode_bytes, self._borrowed_bytes), decode_bytes)
         unused_bytes = np.maximum(0, self._borrowed_bytes - decode_bytes)
         beside_bytes = np.where(seen, self._beside_bytes - unused_bytes, beside_bytes)
-        unseen = 1 + cost.UNSEEN * max(1, self._in_vain - IN_VAIN)
+        unseen = 1 + cost.UNSEEN * (1 + max(0, self._in_vain - IN_VAIN))
         aside_bytes = np.where(seen, 1.0, unseen) * beside_bytes
         left_bytes = self._budget_bytes * (1 - cost.MARGIN) - aside_bytes
         wanted = np.minimum(left_bytes, self._high)

@@ -131,7 +131,7 @@ def test_steps_stream_as_if_all_were_its_own_and_an_image_brings_it_once() -> No
     assert held == [6 * GIB, 8 * GIB, 6 * GIB]
 
 
-def test_it_borrows_no_more_than_the_denoiser_lacks() -> None:
+def test_a_loan_is_taken_whole_or_not_at_all_where_the_denoiser_fits() -> None:
     """SDXL within 8 GiB holds its denoiser, and was taken to hold as much again of the decode's."""
     needed_bytes = FLUX.denoiser.weight_bytes
     all_of_it = borrowing(FLUX, needed_bytes + FLUX.weight_bytes // 10, 2 * GIB)
@@ -139,7 +139,7 @@ def test_it_borrows_no_more_than_the_denoiser_lacks() -> None:
         FLUX, Phase.DECODE
     )
     nearly, own = borrowing(FLUX, needed_bytes, 2 * GIB), Streamed(needed_bytes)
-    assert nearly.resident_bytes(FLUX, Phase.STEP) == needed_bytes + 2 * GIB  # it is taken whole
+    assert nearly.resident_bytes(FLUX, Phase.STEP) == needed_bytes + 2 * GIB
     moved = [p.traffic(FLUX, Phase.ENCODE).pinned_bytes for p in (nearly, own)]
     assert 0 < moved[0] - moved[1] < 2 * GIB
 
