@@ -20,9 +20,7 @@ from autofit.spec import (
     Outcome,
     Part,
     Pipeline,
-    Plan,
     Profile,
-    Slot,
     Workload,
 )
 from autofit.units import format_bytes
@@ -179,10 +177,7 @@ def other_budget(peak_bytes: int, planned_bytes: int, budget_bytes: int) -> str 
 
 
 def _cannot(profile: Profile, pipeline: Pipeline, device: Device, workload: Workload) -> str | None:
-    plan = profile.plan
-    if "torch" not in device.versions:  # a card of the table: what can be compiled is not known
-        plan = Plan(tuple(t for t in plan.techniques if t.slot is not Slot.EXECUTION))
-    reason = techniques.why_not(plan, pipeline, device, workload)
+    reason = techniques.why_not(profile.plan, pipeline, device, workload)
     return reason and f"its plan cannot run on {device.name} ({reason})"
 
 

@@ -116,6 +116,11 @@ class Device:
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     launch_s: float = LAUNCH_S
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether this host has it; else it is a row of the table of cards."""
+        return "source" not in self.versions
+
     def answers(self, kernel: str, dtype: str, head_sizes: tuple[int, ...]) -> bool:
         """Whether this attention kernel ran for every one of these head sizes."""
         return all(Kernel(kernel, dtype, size) in self.kernels for size in head_sizes)

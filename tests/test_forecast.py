@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from recorded_tiles import card_of, each_as_recorded, hosted
+from recorded_tiles import card_of, each_as_recorded
 from test_golden import GOLDEN, Recorded
 
 from autofit import cost, forecast, gpus
@@ -39,7 +39,7 @@ def errors(folder: Path) -> Iterator[tuple[str, float, float]]:
     for path in each_as_recorded(folder):
         recorded = Recorded(path)
         task, model = recorded.task(), path.name.split("--")[0]
-        device = hosted(task.device, path)
+        device = task.device
         forecaster = Forecaster(dry_run(model), task.pipeline, device, task.workload)
         for attempt in recorded.attempts:
             outcome, plan = attempt.outcome, attempt.plan

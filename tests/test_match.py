@@ -382,7 +382,9 @@ def test_a_card_that_holds_exactly_what_the_plan_needs_is_enough() -> None:
     assert re.fullmatch(r"NVIDIA H100 has .+ GiB, and the plan needs .+ GiB", short.reason)
 
 
-@pytest.mark.parametrize("technique", [KINDS["regional_compile"](), KINDS["cuda_graph"]()])
+@pytest.mark.parametrize(
+    "technique", [KINDS[n]() for n in ("regional_compile", "cuda_graph", "triton_group_norm")]
+)
 def test_what_compiles_is_not_held_against_a_card_of_the_table(technique: Any) -> None:
     """Whether it compiles depends on what is installed, which nobody knows of a card on paper."""
     profile = replace(PROFILE, plan=Plan((technique, samples.RESIDENT)))

@@ -132,7 +132,7 @@ def test_a_golden_case_is_not_replaced(
     results = tmp_path / "lines"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     names = [make.name(line) for line in make.latest([results])]
-    assert len(names) == 4
+    assert len(names) == len([line for line in lines if line["found"]]) >= 2
     monkeypatch.setattr(make, "GOLDEN", tmp_path)
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / f"{names[0]}.json.gz").touch()
@@ -153,7 +153,7 @@ def test_profiles_are_shipped_and_shown(
     monkeypatch.setattr(make, "TOO_SMALL", profiles / "too_small.json")
     monkeypatch.setattr(sys, "argv", ["make_profiles.py", str(results)])
     make.main()
-    assert len(list(profiles.glob("*.yaml"))) == 4
+    assert len(list(profiles.glob("*.yaml"))) == len([line for line in lines if line["found"]])
     assert sorted(json.loads((profiles / "too_small.json").read_text("utf-8"))) == [
         "tiny-sd--128x64-2steps",
         "tiny-sd--64x64-2steps",

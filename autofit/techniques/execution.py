@@ -348,6 +348,8 @@ def no_compiler(device: Device) -> str | None:
         compilers: tuple[str, ...] = (os.environ.get("CXX", "g++"),)
     elif device.capability is not None and device.capability < TRITON_CAPABILITY:
         return f"Triton needs compute capability 7.0, which {device.name} has not"
+    elif not device.is_at_hand:
+        return None  # what its host has installed is not known, and torch for CUDA brings Triton
     elif importlib.util.find_spec("triton") is None:
         return "it needs triton on CUDA; install triton"
     else:
