@@ -11,6 +11,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 TINY = ("tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3")
+# SDXL has all that Stable Diffusion has, and a second encoder: where time is short it stands for
+# both.
+MODELS = (pytest.param(TINY[0], marks=pytest.mark.slow), *TINY[1:])
 # Without a driver, a thousand tests would be made to be skipped.
 DRIVERS = [path for path in ("/dev/nvidiactl", "/dev/dxg") if os.path.exists(path)]
 DEVICES = ("cpu", *(pytest.param("cuda:0", marks=pytest.mark.gpu) for _ in DRIVERS))
@@ -49,7 +52,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session", params=TINY)
+@pytest.fixture(scope="session", params=MODELS)
 def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

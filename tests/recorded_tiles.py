@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,11 @@ from autofit.dryrun import memo
 AS_LARGE_AS_ASKED_PX = 1 << 16
 
 
-def card_of(path: Path) -> str:
-    return path.name.split("--")[1]
-
-
-def each_as_recorded(folder: Path) -> Iterator[Path]:
-    """The files of trials, one after the other, tiles being cut as they were then. Caches of dry
-    runs are kept in ``folder``."""
-    early = [path for path in GOLDEN if card_of(path) == "H200"]
-    with _cut(AS_LARGE_AS_ASKED_PX, folder):
-        yield from early
-    yield from (path for path in GOLDEN if path not in early)
+def each_as_recorded(card: str, folder: Path) -> Iterator[Path]:
+    """The files of a card's trials, one after the other, tiles being cut as they were then. Of
+    others than today's, caches of dry runs are kept in ``folder``."""
+    with _cut(AS_LARGE_AS_ASKED_PX, folder) if card == "H200" else nullcontext():
+        yield from (path for path in GOLDEN if path.name.split("--")[1] == card)
 
 
 @contextmanager

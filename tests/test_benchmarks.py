@@ -61,6 +61,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_contenders_that_run_and_one_that_cannot_are_lines(tmp_path: Path) -> None:
     asked = ("--only", CASE, "--contenders", "autofit,diffusers-group-leaf", "--search", "5",
              "--plans", str(tmp_path / "plans"))  # fmt: skip

@@ -23,7 +23,7 @@ from autofit.trial import Job, Worker, measurer
 ROOT = Path(__file__).parent.parent
 RESIDENT = KINDS["resident"]()
 PLANS = (Plan((RESIDENT,)), *(Plan((faulty.Faulty(f), RESIDENT)) for f in faulty.FAULTS))
-PATIENCE_S = 15.0  # for a trial of a tiny pipe on a busy machine
+PATIENCE_S = 9.0  # for a trial of a tiny pipe on a busy machine
 # Enough for a trial or more of tiny-sd, and for the image that the others are compared with.
 DISK_BYTES = 14_500
 
