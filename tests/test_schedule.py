@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from autofit.streaming.schedule import (
@@ -134,6 +135,19 @@ def test_units_in_a_row_lie_apart_as_long_as_they_fit(sizes: list[int], arena_by
         spans.append((offset, offset + size))
 
 
+@FEW
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_even_rounds_are_as_many_and_differ_by_one_unit(count: int, places: int) -> None:
+    sizes = [512] * count
+    full = ring(sizes, 512 * places)
+    even = ring(sizes, 512 * places, round_bytes=512 * count / full.count(0))
+    assert even.count(0) == full.count(0)
+    begins = [n for n, offset in enumerate(even) if offset == 0]
+    lengths = [end - begin for begin, end in pairwise([*begins, count])]
+    assert max(lengths) - min(lengths) <= 1
+    assert [o for n in lengths for o in range(0, 512 * n, 512)] == list(even)
+
+
 # ---------------------------------------------------------------- how long it takes
 
 
@@ -233,6 +247,7 @@ def models() -> st.SearchStrategy[list[Item]]:
 
 @FEW
 @given(models(), st.floats(0.1, 0.9), st.floats(0.05, 0.5), st.floats(0.3, 3.0))
+@example([Item(512, 1 / 128)] * 21, 0.34375, 0.0625, 0.875)
 def test_more_room_is_not_slower(
     items: list[Item], share: float, more: float, bus_per_compute: float
 ) -> None:

@@ -8,6 +8,7 @@ soon as the last unit that lay there has run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,9 +77,16 @@ def _with_arena(
 ) -> Schedule:
     streams = spread(items, room_bytes - arena_bytes)
     sizes = [i.size_bytes if s else None for i, s in zip(items, streams, strict=True)]
-    offsets = ring(sizes, arena_bytes)
     resident_bytes = _resident_bytes(items, streams)
-    return Schedule(offsets, arena_bytes, resident_bytes, forward_s(items, offsets, bytes_s))
+    full = ring(sizes, arena_bytes)
+    # A short last round lies where the next forward begins, which would wait for its end.
+    round_bytes = sum(filter(None, sizes)) / max(1, full.count(0))
+    even = ring(sizes, arena_bytes, round_bytes=round_bytes)
+    found = (
+        Schedule(offsets, arena_bytes, resident_bytes, forward_s(items, offsets, bytes_s))
+        for offsets in (full, even)
+    )
+    return min(found, key=lambda s: s.forward_s)
 
 
 def spread(items: Sequence[Item], resident_bytes: int) -> list[bool]:
@@ -130,19 +138,24 @@ def _resident_bytes(items: Sequence[Item], streamed: Sequence[bool]) -> int:
 
 
 def ring(
-    sizes: Sequence[int | None], arena_bytes: int, start_bytes: int = 0
+    sizes: Sequence[int | None],
+    arena_bytes: int,
+    start_bytes: int = 0,
+    round_bytes: float = math.inf,
 ) -> tuple[int | None, ...]:
-    """Lay units out one behind the other, from the beginning again where the arena ends."""
+    """Lay units out one behind the other, from the beginning again where the arena ends, or every
+    ``round_bytes``, to the nearest unit."""
     offsets: list[int | None] = []
-    cursor = start_bytes
+    cursor, laid_bytes = start_bytes, 0.0
     for size_bytes in sizes:
         if size_bytes is None:
             offsets.append(None)
             continue
-        if cursor + size_bytes > arena_bytes:
-            cursor = 0
+        is_even = laid_bytes + size_bytes / 2 > round_bytes
+        if cursor + size_bytes > arena_bytes or is_even:
+            cursor, laid_bytes = 0, laid_bytes - round_bytes
         offsets.append(cursor)
-        cursor += size_bytes
+        cursor, laid_bytes = cursor + size_bytes, laid_bytes + size_bytes
     return tuple(offsets)
 
 

@@ -228,14 +228,17 @@ class RegionalCompile(Technique):
     @contextmanager
     def applied(self, pipe: Any, device: str) -> Iterator[None]:
         denoiser: Any = anatomy.denoiser(pipe)
+        # Other modes tune the layers too, or capture all that runs.
+        opens = self.mode in (None, "default")
+        if not opens:  # torch's reset imports it while it walks through what that import adds to
+            importlib.import_module("torch._inductor.cudagraph_trees")
         with ExitStack() as stack:
             stack.enter_context(_tensor_attributes_held(denoiser))
             stack.enter_context(compiling())
             for module in denoiser.modules():
                 if type(module).__name__ in denoiser._repeated_blocks:
                     forward = torch.compile(module.forward, fullgraph=True, mode=self.mode)
-                    # Other modes tune the layers too, or capture all that runs.
-                    forward.opens = self.mode in (None, "default")  # type: ignore[attr-defined]
+                    forward.opens = opens  # type: ignore[attr-defined]
                     stack.enter_context(anatomy.attribute(module, "forward", forward))
             yield
 
