@@ -147,6 +147,7 @@ def test_a_rung_is_a_line(tmp_path: Path) -> None:
     assert last["peak_bytes"] < original["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_killed_and_a_line(tmp_path: Path) -> None:
     asked = ("--only", "tiny-flux-64x64-1GiB", "--contenders", "diffusers-resident")
     lines = run(tmp_path, *asked, "--limit", "0.01")

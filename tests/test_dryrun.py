@@ -160,7 +160,9 @@ class TestOperations:
         assert sliced.launches > whole.launches
         assert sliced.activation_bytes < 0.6 * whole.activation_bytes
 
-    @pytest.mark.parametrize("batch", [2, 3, 4, 5, 8])
+    @pytest.mark.parametrize(
+        "batch", [3, 4, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))]
+    )
     @pytest.mark.parametrize("sliced", [PAIRS, FOURS], ids=lambda t: t.label)
     def test_of_slices_are_as_many_as_a_true_sliced_decode_runs(
         self, sliced: Technique, batch: int, pipes: Pipes, tmp_path: Path,

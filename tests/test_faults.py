@@ -93,6 +93,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_to_be(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_mid_study_costs_no_profile(tmp_path: Path) -> None:
     """The study's journal is the first to reach the limit."""
     done = planned_on_a_disk(tmp_path, DISK_BYTES)

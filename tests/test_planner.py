@@ -314,6 +314,7 @@ class TestFindPlan:
         begin = samples.profile(plan=Plan((tiled, filled.placement)))
         assert planner._opened(begin, task) == [Plan((tiled, worlds.STREAMED))]
 
+    @pytest.mark.slow
     def test_nothing_fits_names_a_budget_that_does(self, pipes: Pipes, home: Path) -> None:
         measurer = InProcess(pipes["tiny-sd"], "cpu")
         with pytest.raises(NothingFits) as raised:

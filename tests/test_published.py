@@ -62,6 +62,7 @@ def points() -> Iterator[Point]:
             yield point
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cards_that_nobody_measured_here_are_about_as_fast_as_published() -> None:
     found = list(points())

@@ -48,7 +48,8 @@ def assert_near(found: dict[Technique, Outcome]) -> None:
     assert far == {}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_of_a_tiny_model(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     pipe = load("tiny-sd", dtype=dtype)

@@ -137,6 +137,7 @@ def check(pipe: Any, device: str, seen: list[Part], copies: list[int]) -> None:
     assert differences(before, noted(pipe, device)) == []
 
 
+@pytest.mark.slow
 def test_compiled_blocks_stream_layer_by_layer(
     pipe: Any, device: str, seen: list[Part], copies: list[int]
 ) -> None:
