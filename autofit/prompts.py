@@ -25,6 +25,9 @@ _ATOMS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _OPAQUE = object()
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+# One thread encodes at a time, of all pipes, which may share a tokenizer: how to pad and truncate
+# is set on it before each call, so that threads could tokenize by each other's word.
+_ENCODING = threading.RLock()
 
 
 @contextmanager
@@ -58,20 +61,17 @@ class _Prompts:
     def __init__(self, pipe: Any, found: Callable[..., Any], unread: list[torch.Tensor]) -> None:
         self._pipe, self._found = pipe, found
         self._unread = {id(tensor): tensor for tensor in unread}  # held: an id is not given twice
-        # One at a time, and what an encoding asks of itself: how to pad and truncate is set on a
-        # tokenizer before each call, so that threads could tokenize by each other's word.
-        self._lock = threading.RLock()
         self._kept: OrderedDict[Hashable, _Encoded] = OrderedDict()
         self._state: Any = None
 
     def encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _ENCODING:
+            return self._known_or_made(args, kwargs)
+
+    def _known_or_made(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = self._key(args, kwargs)
         if key is None:
             return self._found(*args, **kwargs)
-        with self._lock:
-            return self._known_or_made(key, args, kwargs)
-
-    def _known_or_made(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = _state(self._pipe, self._unread)
         entry = self._look_up(key, state)
         if entry is not None:

@@ -26,7 +26,7 @@ from autofit import session
 from autofit.foresight import Foresight
 from autofit.goals import Goal
 from autofit.planner import Answer, Effort, Listener, Planned, answered, help_search
-from autofit.probe import device_named
+from autofit.probe import card_name, device_named
 from autofit.search import Progress
 from autofit.spec import AutofitError, BadInput
 from autofit.trial import Measurer
@@ -71,17 +71,23 @@ class Team:
 
 
 def devices(first: str, count: int) -> list[str]:
-    """The devices of so many processes, from the first one on.
+    """The devices of so many processes, from the first one on: like cards, since what one measures
+    is to hold for the others.
 
     Raises:
-        BadInput: there are fewer.
+        BadInput: there are fewer, or others among them.
     """
     if count == 1 or not first.startswith("cuda"):
         return [first] * count
     start = int(first.partition(":")[2] or 0)
     names = [f"cuda:{number}" for number in range(start, start + count)]
-    for name in names:
-        device_named(name)
+    cards = {name: card_name(device_named(name)) for name in names}
+    for name, card in cards.items():
+        if card != cards[names[0]]:
+            raise BadInput(
+                f"workers {count}: {name} is {card}, {names[0]} is {cards[names[0]]}, and workers"
+                " need like cards; choose them by CUDA_VISIBLE_DEVICES, or take --workers 1"
+            )
     return names
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 from conftest import TINY, Pipes
@@ -258,6 +259,20 @@ class TestDevice:
     def test_that_is_not_there(self, name: str, message: str) -> None:
         with pytest.raises(BadInput, match=message):
             probe.probe_device(name)
+
+
+@pytest.mark.gpu
+def test_a_card_is_named_without_torch() -> None:
+    device = torch.device("cuda:0")
+    assert probe.card_name(device) == torch.cuda.get_device_name(device)
+
+
+def test_a_card_that_nobody_sees_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    assert probe.card_name(torch.device("cuda:0")) is None
 
 
 def test_sage_answers_for_the_heads_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -639,12 +639,13 @@ def test_one_thread_encodes_at_a_time(pipe: Any, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(type(pipe), "encode_prompt", functools.wraps(found)(encode_prompt))
 
-    def work(word: str) -> None:
-        with torch.no_grad():
-            encode(pipe, word)
+    def work(number: int) -> None:
+        with torch.set_grad_enabled(number == 0):  # which is not kept, and waits its turn as well
+            encode(both[number % 2], f"a cat, {number}")
 
-    with cached(pipe):
-        threads = [threading.Thread(target=work, args=(f"a cat, {n}",)) for n in range(6)]
+    both = pipe, type(pipe)(**pipe.components)  # whose tokenizers are the same
+    with cached(both[0]), cached(both[1]):
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -147,7 +147,16 @@ def test_each_gpu_from_the_first_one_on_has_a_process(
     first: str, count: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(team, "device_named", lambda name: name)
+    monkeypatch.setattr(team, "card_name", lambda _: "NVIDIA H100")
     assert team.devices(first, count) == expected
+
+
+def test_workers_on_unlike_cards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "device_named", lambda name: name)
+    monkeypatch.setattr(team, "card_name", {"cuda:0": "A", "cuda:1": "A", "cuda:2": "B"}.get)
+    assert team.devices("cuda:0", 2) == ["cuda:0", "cuda:1"]
+    with pytest.raises(BadInput, match=r"workers 3: cuda:2 is B, cuda:0 is A, .*--workers 1"):
+        team.devices("cuda:0", 3)
 
 
 def test_more_workers_than_gpus_are_refused() -> None:

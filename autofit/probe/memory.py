@@ -81,6 +81,14 @@ def driver_version() -> str:
         return "unknown"
 
 
+def card_name(device: torch.device) -> str | None:
+    """What NVML calls the card: torch would make a context to tell. None where it does not say."""
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlDeviceGetName(_nvml_handle(device)))
+    return None
+
+
 def _nvml_handle(device: torch.device) -> object:
     """NVML numbers the cards of the machine, torch those that CUDA_VISIBLE_DEVICES shows."""
     index = device.index or 0
