@@ -151,8 +151,8 @@ def ring(
         if size_bytes is None:
             offsets.append(None)
             continue
-        is_even = laid_bytes + size_bytes / 2 > round_bytes
-        if cursor + size_bytes > arena_bytes or is_even:
+        is_over = laid_bytes + size_bytes / 2 > round_bytes
+        if cursor + size_bytes > arena_bytes or is_over:
             cursor, laid_bytes = 0, laid_bytes - round_bytes
         offsets.append(cursor)
         cursor, laid_bytes = cursor + size_bytes, laid_bytes + size_bytes
