@@ -84,7 +84,7 @@ def _with_arena(
     even = ring(sizes, arena_bytes, round_bytes=round_bytes)
     found = (
         Schedule(offsets, arena_bytes, resident_bytes, forward_s(items, offsets, bytes_s))
-        for offsets in (full, even)
+        for offsets in dict.fromkeys((full, even))  # mostly one and the same
     )
     return min(found, key=lambda s: s.forward_s)
 
