@@ -6,13 +6,9 @@ cd "$(dirname "$0")/.."
 unset PYTHONDONTWRITEBYTECODE
 ruff check .
 ruff format --check .
-# Where the tests leave a core idle: alone it would leave one idle for a minute.
-nice -n 19 mypy &
-types=$!
-trap 'kill "$types" 2>/dev/null || true' EXIT
+MYPY_NUM_WORKERS=2 mypy
 python scripts/make_profiles.py --check
 python scripts/make_benchmarks.py --check
 # Two processes of one thread each: on two cores, two of two spend their time waiting for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m pytest -q -m 'not slow' -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile --durations 12
-wait "$types"

@@ -198,6 +198,7 @@ def test_undo_drops_the_traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_compiled_blocks_give_the_eager_output() -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++")
