@@ -1,7 +1,7 @@
 """What `autofit plan` does with several budgets: the largest first, each informed by one before.
 
 One device plans them one by one, and loads the model once. Of several, each takes the next that is
-not begun, in a process of its own.
+not begun, in a process of its own; where all are begun, it helps to search for one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from autofit import commands, host, report, session, team
 from autofit.commands import Listeners
 from autofit.foresight import Foresight
 from autofit.goals import Goal, too_little
-from autofit.planner import Answer, Effort, Interrupted, Planned, answered
+from autofit.planner import Answer, Effort, Interrupted, Listener, Planned, answered
 from autofit.probe import device_named
+from autofit.search import Progress
 from autofit.spec import AutofitError, BadInput, NothingFits
 from autofit.units import format_bytes, format_seconds
 
@@ -45,11 +46,12 @@ def plan(
     effort.check()
     found = Found(console)
     budgets = Budgets(goals, found.add)
-    devices = team.devices(target, workers)[: len(budgets.waiting)]
+    devices = team.devices(target, workers)
     asks = [team.Ask(model, budgets.waiting[0], effort, d, dtype) for d in devices]
     with (
         found.told(as_json),
         host.granted(goals[0].host_ram_bytes),
+        host.shared(len(asks)),
         commands.interruptible(console),
         commands.watched(console, len(asks)) as listeners,
     ):
@@ -84,7 +86,7 @@ def _one_by_one(
 
 
 class _Crew:
-    """Processes that take the next budget as each is done with one."""
+    """Processes that take the next budget as each is done with one, or help others with theirs."""
 
     def __init__(
         self,
@@ -96,6 +98,12 @@ class _Crew:
         self._budgets, self._listeners, self._console = budgets, listeners, console
         self._idle = [team.Planner(ask, number) for number, ask in enumerate(asks)]
         self._busy: list[team.Planner] = []
+        self._helping: list[team.Planner] = []
+        self._searched: list[Goal] = []  # whose studies have begun, and are not known to be over
+
+    @property
+    def _all(self) -> list[team.Planner]:
+        return self._idle + self._busy + self._helping
 
     def work(self) -> None:
         """Until every budget has its answer.
@@ -104,13 +112,14 @@ class _Crew:
             AutofitError: no process is left.
         """
         self._begin()
-        while self._busy:
-            for planner in team.with_news(self._busy):
-                self._hear(planner)
+        while self._busy or self._budgets.waiting:
+            for planner in team.with_news(self._busy + self._helping):
+                if planner in self._all:
+                    self._hear(planner)
             self._begin()
 
     def close(self) -> None:
-        for planner in self._idle + self._busy:
+        for planner in self._all:
             planner.end()
 
     def _begin(self) -> None:
@@ -118,35 +127,64 @@ class _Crew:
             planner = self._idle.pop(0)
             planner.begin(goal, self._budgets.after(goal), self._budgets.was_begun(goal))
             self._busy.append(planner)
+        while self._idle and self._searched:
+            goal = min(self._searched, key=lambda goal: len(self._helpers(goal)))
+            planner = self._idle.pop(0)
+            planner.help(goal, self._budgets.after(goal))
+            self._helping.append(planner)
+            self._listener(planner).stage("one more searches along")
 
     def _hear(self, planner: team.Planner) -> None:
         assert planner.goal is not None
+        goal = planner.goal
         try:
             news = planner.news()
         except EOFError:
-            self._lose(planner, planner.goal, planner.died_of())
+            self._lose(planner, planner.died_of())
             return
-        if isinstance(news, Answer):
-            if _is_fault(news) and len(self._idle) + len(self._busy) > 1:
-                self._lose(planner, planner.goal, planner.dismissed(str(news.error)))
-                return
-            self._idle.append(planner)
-            self._busy.remove(planner)
-            self._budgets.tell(news)
+        if isinstance(news, Progress):
+            self._listener(planner).progress(news)
+            if goal not in self._searched:
+                self._searched.append(goal)
             return
-        listener = self._listeners(planner.number, _head(planner.goal))
+        if goal in self._searched:
+            self._searched.remove(goal)
         if isinstance(news, str):
-            listener.stage(news)
+            self._listener(planner).stage(news)
+        elif news is None:
+            self._helping.remove(planner)
+            self._idle.append(planner)
         else:
-            listener.progress(news)
+            self._take(planner, news)
 
-    def _lose(self, planner: team.Planner, goal: Goal, fault: str) -> None:
-        """What it was at is for the others to do."""
+    def _take(self, planner: team.Planner, answer: Answer) -> None:
+        if _is_fault(answer) and len(self._all) > 1:
+            self._lose(planner, planner.dismissed(str(answer.error)))
+            return
+        for helper in self._helpers(answer.goal):  # at trials that can change nothing any more
+            self._helping.remove(helper)
+            helper.end()
         self._busy.remove(planner)
-        if not self._idle and not self._busy:
+        self._idle.append(planner)
+        self._budgets.tell(answer)
+
+    def _lose(self, planner: team.Planner, fault: str) -> None:
+        """What it was at is for the others to do."""
+        leads = planner in self._busy
+        (self._busy if leads else self._helping).remove(planner)
+        if not self._all:
             raise AutofitError(fault)
         self._console.print(f"warning: {fault}", style="yellow", markup=False)
-        self._budgets.put_back(goal)
+        if leads:
+            assert planner.goal is not None
+            self._budgets.put_back(planner.goal)
+
+    def _helpers(self, goal: Goal) -> list[team.Planner]:
+        return [planner for planner in self._helping if planner.goal == goal]
+
+    def _listener(self, planner: team.Planner) -> Listener:
+        assert planner.goal is not None
+        return self._listeners(planner.number, _head(planner.goal))
 
 
 def _is_fault(answer: Answer) -> bool:

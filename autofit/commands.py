@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +48,11 @@ def plan(
     effort.check()
     others = team.devices(target, workers)[1:]
     start = time.monotonic()
-    granted = partial(host.granted, goal.host_ram_bytes)  # for the processes that are started
-    with granted():
+    with _started(goal, workers):
         helpers = team.Team([team.Ask(model, goal, effort.joined, d, dtype) for d in others])
     try:
         with (
-            granted(),
+            _started(goal, workers),
             interruptible(console),
             watched(console) as listeners,
             closing(helpers),
@@ -86,6 +84,13 @@ def plan(
         _show_planned(console, planned, None, took_s, as_json)
         raise
     _show_planned(console, planned, path, took_s, as_json)
+
+
+@contextmanager
+def _started(goal: Goal, workers: int) -> Iterator[None]:
+    """What the processes that are started inside may have of the host."""
+    with host.granted(goal.host_ram_bytes), host.shared(workers):
+        yield
 
 
 def _show_planned(

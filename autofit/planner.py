@@ -196,7 +196,7 @@ def answered(
             listener=listener,
             defaults=defaults,
             foresee=foresee,
-            after=after if after and _is_alike(after, measurer) else None,
+            after=after,
         )
     except (BadInput, Interrupted):
         raise
@@ -212,10 +212,16 @@ def _is_alike(after: Planned, measurer: Measurer) -> bool:
 
 
 def help_search(
-    measurer: Measurer, goal: Goal, effort: Effort, defaults: str | None, foresee: Foresee
+    measurer: Measurer,
+    goal: Goal,
+    effort: Effort,
+    *,
+    defaults: str | None,
+    foresee: Foresee,
+    after: Planned | None = None,
 ) -> None:
     """Search along with whoever plans the same: all that is found is in the study."""
-    searched = _begun(measurer, goal, effort, defaults, foresee)[-1]
+    searched = _begun(measurer, goal, effort, defaults, foresee, after)[-1]
     searched()
 
 
@@ -230,6 +236,7 @@ def _begun(
 ) -> tuple[Task, host_budget.RuledOut, Trials, Callable[..., Found]]:
     """What is searched for, and what the host's memory rules out; who measures it, and the search
     itself, its study opened."""
+    after = after if after and _is_alike(after, measurer) else None
     task, unhosted = task_for(measurer.subject, goal, effort.images, defaults, foresee)
     name = _study_name(task, goal)
     image = after.image if after else studies.image(name, fresh=effort.fresh)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from autofit import anatomy, architectures, host, host_budget, pinning, probe, report, store, trust
 from autofit.applied import Applied, applied_on, parked
+from autofit.child import Child
 from autofit.goals import Goal, fidelity_named, workload_for
 from autofit.match import Level, Match
 from autofit.planner import Effort, Listener, Planned, find_plan
@@ -154,12 +155,14 @@ def check_model(model: str) -> None:
 
 
 @contextmanager
-def measuring(model: Any, device: str, dtype: str | None = None) -> Iterator[Measurer]:
-    """Who measures: a worker for a name, this process for a pipe (on the CPU meanwhile, as are the
-    pipes of this process that have a profile)."""
+def measuring(
+    model: Any, device: str, dtype: str | None = None, child: Child | None = None
+) -> Iterator[Measurer]:
+    """Who measures: a worker for a name (``child``, where its process runs already), this process
+    for a pipe (on the CPU meanwhile, as are the pipes of this process that have a profile)."""
     if isinstance(model, str):
         check_model(model)
-        worker = Worker(Job(model, dtype, device))
+        worker = Worker(Job(model, dtype, device), child)
         try:
             yield worker
         finally:

@@ -2,7 +2,8 @@
 
 Each loads the model on its own device. Who searches along waits until the study is open; what it
 measures is in the study, and it is ended when that is searched. Who plans is given a goal at a time
-and answers by a connection. None outlives the process that started it.
+and answers by a connection, or helps with one that another plans. None outlives the process that
+started it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from autofit import session
+from autofit.child import Child
 from autofit.foresight import Foresight
 from autofit.goals import Goal
 from autofit.planner import Answer, Effort, Listener, Planned, answered, help_search
@@ -32,6 +34,12 @@ from autofit.spec import AutofitError, BadInput
 from autofit.trial import Measurer
 
 END_S = 10.0  # for a process that has closed its connection to be gone
+MAIN = """
+from autofit.child import Child
+worker = Child()  # loads torch while this process does
+from autofit.team import {0}
+{0}(worker)
+"""
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,11 @@ def devices(first: str, count: int) -> list[str]:
 
 
 class _Member:
-    def __init__(self, ask: Ask, main: str = "main", *open_fds: int) -> None:
+    def __init__(self, ask: Ask, main: str = "search_along", *open_fds: int) -> None:
         self._device = ask.device
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed at its end
-        code = f"from autofit.team import {main}; {main}()"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, open_fds)],
+            [sys.executable, "-c", MAIN.format(main), *map(str, open_fds)],
             pass_fds=open_fds,
             stdin=subprocess.PIPE,
             stdout=self._log,
@@ -132,6 +139,16 @@ class _Member:
             self._process.stdin.flush()
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What a ``Planner``'s process is to do: plan a goal, or help who does."""
+
+    goal: Goal
+    after: Planned | None
+    resumes: bool
+    helps: bool = False
+
+
 class Planner(_Member):
     """A process that plans a goal at a time. ``number`` tells it from the others."""
 
@@ -144,12 +161,19 @@ class Planner(_Member):
 
     def begin(self, goal: Goal, after: Planned | None, resumes: bool) -> None:
         """``resumes`` what another has begun: what that had measured is not forgotten."""
-        self.goal = goal
-        with suppress(OSError):  # it has died, and ``news`` says of what
-            self.connection.send((goal, after, resumes))
+        self._order(_Order(goal, after, resumes))
 
-    def news(self) -> str | Progress | Answer:
-        """What it says next: a stage, a trial, or what came of the goal.
+    def help(self, goal: Goal, after: Planned | None) -> None:
+        """Search along with who plans it, until nothing is left to try."""
+        self._order(_Order(goal, after, resumes=True, helps=True))
+
+    def _order(self, order: _Order) -> None:
+        self.goal = order.goal
+        with suppress(OSError):  # it has died, and ``news`` says of what
+            self.connection.send(order)
+
+    def news(self) -> str | Progress | Answer | None:
+        """What it says next: a stage, a trial, what came of the goal; None when it has helped.
 
         Raises:
             EOFError: it has died.
@@ -161,7 +185,7 @@ class Planner(_Member):
             raise EOFError from error
         if isinstance(said, AutofitError):
             raise said
-        assert isinstance(said, str | Progress | Answer)
+        assert isinstance(said, str | Progress | Answer | None)
         return said
 
     def end(self) -> str | None:
@@ -186,27 +210,27 @@ def with_news(planners: Sequence[Planner]) -> list[Planner]:
     return [planner for planner in planners if planner.connection in heard]
 
 
-def main() -> None:
+def search_along(worker: Child) -> None:
     """What each who searches along runs: the ask and the word to begin come by its input."""
     ask: Any = pickle.load(sys.stdin.buffer)
     assert isinstance(ask, Ask)
-    with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
+    with session.measuring(ask.model, ask.device, ask.dtype, worker) as measurer:
         if not sys.stdin.buffer.read(1):
             return  # nobody plans any more
         threading.Thread(target=_end_with_planner, daemon=True).start()
         # The planner has made the dry run by now, and it is remembered on disk.
         foresight = Foresight(ask.model, ask.goal, ask.device, ask.dtype)
-        help_search(measurer, ask.goal, ask.effort, ask.model, foresight.basis)
+        help_search(measurer, ask.goal, ask.effort, defaults=ask.model, foresee=foresight.basis)
 
 
-def plan_goals() -> None:
+def plan_goals(worker: Child) -> None:
     """What a ``Planner``'s process runs: the ask comes by its input, goals by the connection."""
     ask: Any = pickle.load(sys.stdin.buffer)
     assert isinstance(ask, Ask)
     threading.Thread(target=_end_with_planner, daemon=True).start()
     with Connection(int(sys.argv[1])) as connection:
         try:
-            with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
+            with session.measuring(ask.model, ask.device, ask.dtype, worker) as measurer:
                 _answer(connection, ask, measurer)
         except BadInput as error:  # of the question, and so for every other process too
             connection.send(error)
@@ -215,22 +239,26 @@ def plan_goals() -> None:
 
 
 def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
-    """Plan what comes until the other end is closed."""
+    """Do what is ordered until the other end is closed."""
     listener = Listener(connection.send, connection.send)
     foresight = None
     with suppress(EOFError):
         while True:
-            goal, after, resumes = connection.recv()
+            order = connection.recv()
+            assert isinstance(order, _Order)
             # as above: who asks has made the dry run by now
             foresight = foresight or Foresight(ask.model, ask.goal, ask.device, ask.dtype)
+            about = measurer, order.goal, ask.effort.joined if order.resumes else ask.effort
+            if order.helps:
+                help_search(*about, defaults=ask.model, foresee=foresight.basis, after=order.after)
+                connection.send(None)
+                continue
             answer = answered(
-                measurer,
-                goal,
-                ask.effort.joined if resumes else ask.effort,
+                *about,
                 listener=listener,
                 defaults=ask.model,
                 foresee=foresight.basis,
-                after=after,
+                after=order.after,
             )
             connection.send(answer)
 

@@ -13,7 +13,7 @@ ROWS = (
     {"spec", "interrupts", "lazy"},
     {"units"},
     {"plain"},
-    {"anatomy", "fallbacks", "files", "host", "roofline", "tiling"},
+    {"anatomy", "child", "fallbacks", "files", "host", "roofline", "tiling"},
     {"pinning"},
     {"streaming"},
     {"architectures", "techniques", "cost", "probe", "gpus"},

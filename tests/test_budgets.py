@@ -20,11 +20,13 @@ from conftest import Pipes
 from rich.console import Console
 from samples import device, measurement, profile
 from test_cli import Ended, autofit
+from test_team import measured_by
 
 from autofit import session, store, team
 from autofit.budgets import Budgets, Found
 from autofit.goals import Goal
 from autofit.planner import Answer, Planned
+from autofit.search import Limits, Progress
 from autofit.spec import AutofitError, BadInput, Measurement, NothingFits, Outcome, Slot
 from autofit.trial import InProcess, Request, Subject
 from autofit.units import MIB, parse_size
@@ -200,6 +202,7 @@ class Watched:
 
     planners: list[Any] = field(default_factory=list)
     begun: list[tuple[int, int, int | None]] = field(default_factory=list)
+    helped: list[int] = field(default_factory=list)
 
     @property
     def gone(self) -> bool:
@@ -219,6 +222,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             known = None if after is None else after.profile.budget_bytes // MIB
             seen.begun.append((self.number, goal.budget_bytes // MIB, known))
             super().begin(goal, after, resumes)
+
+        def help(self, goal: Goal, after: Planned | None) -> None:
+            seen.helped.append(goal.budget_bytes // MIB)
+            super().help(goal, after)
 
     monkeypatch.setattr(team, "Planner", Planner)
     return seen
@@ -240,6 +247,25 @@ def test_two_workers_plan_a_budget_each(watched: Watched) -> None:
     assert "warning:" not in ended.err
     assert re.search(r"^6MiB: +1 +[\d.]+ m?s ", ended.err, re.M)
     assert watched.gone
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+@pytest.mark.slow
+def test_who_has_no_budget_helps(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))
+    asked = ("plan", "tiny-sd", "--device", "cpu", "--size", "128x128", "--workers", "3", "--json")
+    ended = autofit(*asked, "--budget", "300MiB,1MiB")
+    more, none = json.loads(ended.out)
+    assert none["error"].startswith("none of ")
+    assert watched.begun == [(0, 300, None), (1, 1, None)]
+    assert watched.helped.count(300) >= 1
+    assert "300MiB: one more searches along\n" in ended.err
+    labels = [trial["label"] for trial in more["trials"]]
+    assert len(set(labels)) == len(labels) >= 2
+    assert len(measured_by(tmp_path)) == 3
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
@@ -288,6 +314,8 @@ class Scripted:
     """In place of a process: what the first is given fails, the others' budgets are planned."""
 
     begun: ClassVar[list[tuple[int, str, bool]]] = []
+    helped: ClassVar[list[tuple[int, str]]] = []
+    ended: ClassVar[list[int]] = []
 
     def __init__(self, ask: team.Ask, number: int) -> None:
         self.number, self.goal = number, ask.goal
@@ -305,7 +333,12 @@ class Scripted:
     def dismissed(self, reason: str) -> str:
         return f"ended early: {reason}"
 
-    def end(self) -> None: ...
+    def help(self, goal: Goal, after: Planned | None) -> None:
+        self.goal = goal
+        self.helped.append((self.number, str(goal.budget)))
+
+    def end(self) -> None:
+        self.ended.append(self.number)
 
 
 def test_a_device_at_fault_does_not_fail_the_others_budgets(
@@ -341,6 +374,83 @@ def test_what_was_found_is_told_also_where_the_rest_fails(monkeypatch: pytest.Mo
     assert ended.code == 1
     assert ended.err.endswith("\nautofit: the search on cpu ended early: -9\n")
     assert [entry["budget_bytes"] // MIB for entry in json.loads(ended.out)] == [60]
+
+
+class Puppet(Scripted):
+    """Says what the test has it say; EOFError is its death."""
+
+    script: ClassVar[list[tuple[int, Any]]] = []
+
+    def news(self) -> Any:
+        number, said = self.script.pop(0)
+        assert number == self.number
+        if said is EOFError:
+            raise EOFError
+        return replace(found(said, said), goal=self.goal) if said in ("60MiB", "6MiB") else said
+
+    def died_of(self) -> str:
+        return f"{self.number} died"
+
+
+TRIED = Progress(0, profile().plan, None, None, 0.0, Limits())
+
+
+@pytest.mark.parametrize(
+    ("script", "begun", "helped", "ended"),
+    [
+        (  # at a trial that can change nothing when the answer is there
+            [(0, TRIED), (1, "6MiB"), (0, TRIED), (0, "60MiB")],
+            [(0, "60MiB", False), (1, "6MiB", False)],
+            [(1, "60MiB")],
+            [1, 0],
+        ),
+        (  # done with it while the answer is verified
+            [(1, "6MiB"), (0, TRIED), (1, None), (0, "verifying"), (0, "60MiB")],
+            [(0, "60MiB", False), (1, "6MiB", False)],
+            [(1, "60MiB")],
+            [1, 0],
+        ),
+        (  # nothing is searched for yet, or any more
+            [
+                (1, "6MiB"),
+                (0, "legal plans"),
+                (0, TRIED),
+                (1, None),
+                (0, "verifying"),
+                (0, "60MiB"),
+            ],
+            [(0, "60MiB", False), (1, "6MiB", False)],
+            [(1, "60MiB")],
+            [1, 0],
+        ),
+        (  # who helped goes on where who planned has died
+            [(0, TRIED), (1, "6MiB"), (0, EOFError), (1, None), (1, TRIED), (1, "60MiB")],
+            [(0, "60MiB", False), (1, "6MiB", False), (1, "60MiB", True)],
+            [(1, "60MiB")],
+            [1],
+        ),
+        (  # who helped has died
+            [(0, TRIED), (1, "6MiB"), (1, EOFError), (0, TRIED), (0, "60MiB")],
+            [(0, "60MiB", False), (1, "6MiB", False)],
+            [(1, "60MiB")],
+            [0],
+        ),
+    ],
+)
+def test_who_is_done_helps(
+    script: list[Any], begun: Any, helped: Any, ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "Planner", Puppet)
+    said = lambda planners: [p for p in planners if p.number == script[0][0]]  # noqa: E731
+    monkeypatch.setattr(team, "with_news", said)
+    monkeypatch.setattr(Puppet, "script", script)
+    for name in ("begun", "helped", "ended"):
+        monkeypatch.setattr(Scripted, name, [])
+    told = autofit(*ASKED, "--budget", "60MiB,6MiB", "--workers", "2", "--fresh", "--json")
+    assert told.code == 0, told.err
+    assert script == []
+    assert (Scripted.begun, Scripted.helped, Scripted.ended) == (begun, helped, ended)
+    assert [entry["budget_bytes"] // MIB for entry in json.loads(told.out)] == [60, 6]
 
 
 @pytest.mark.slow

@@ -45,8 +45,8 @@ def test_workers_that_crash_and_hang_end_no_study_and_leave_nothing(
     worker = Worker(Job("tiny-sd", None, "cpu"))
     try:
         planned = find_plan(worker, Goal("1GB", (64, 64), steps=4), Effort(trials=9))
-        assert worker._process is not None
-        held = [m.path for m in psutil.Process(worker._process.pid).memory_maps()]
+        assert worker._child is not None
+        held = [m.path for m in psutil.Process(worker._child.process.pid).memory_maps()]
         # What is mapped there under a name would outlive a worker that is killed.
         assert not [path for path in held if path.startswith("/dev/shm") and Path(path).exists()]
     finally:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -117,3 +118,19 @@ def test_what_lies_in_files_is_told_from_other_memory(tmp_path: Path) -> None:
     (tmp_path / "maps").write_text(MAPS)
     assert host.mapped_ranges(tmp_path / "maps") == [(0x7F00, 0x7F08), (0x7F10, 0x7F20)]
     assert host.mapped_ranges(tmp_path / "none") == []
+
+
+def test_processes_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(host.THREADS, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    told = []
+    for processes in (1, 2, 5, 32):
+        with suppress(ValueError), host.shared(processes):
+            told.append(os.environ.get(host.THREADS))
+            raise ValueError
+        assert host.THREADS not in os.environ
+    assert told == [None, "8", "3", "1"]
+    monkeypatch.setenv(host.THREADS, "4")
+    with host.shared(2):
+        assert os.environ[host.THREADS] == "4"  # the user's
+    assert os.environ[host.THREADS] == "4"

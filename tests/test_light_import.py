@@ -21,7 +21,15 @@ def loaded(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["autofit", "autofit.spec", "autofit.units", "autofit.gpus", "autofit.techniques"]
+    "module",
+    [
+        "autofit",
+        "autofit.child",
+        "autofit.gpus",
+        "autofit.spec",
+        "autofit.techniques",
+        "autofit.units",
+    ],
 )
 def test_import_is_light(module: str) -> None:
     assert loaded(f"import {module}") == set()

@@ -36,11 +36,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trials(home: Path) -> list[Any]:
-    """Of the one study that is kept there; none while it is being made."""
-    (kept,) = (home / "studies").glob("*.journal")
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(kept)))
-    names = optuna.get_all_study_names(storage)
-    return [t for name in names for t in optuna.load_study(study_name=name, storage=storage).trials]
+    """Of the studies that are kept there; none of one that is being made."""
+    found = []
+    for kept in (home / "studies").glob("*.journal"):
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(kept)))
+        for name in optuna.get_all_study_names(storage):
+            found += optuna.load_study(study_name=name, storage=storage).trials
+    return found
 
 
 def measured_by(home: Path) -> dict[int, list[tuple[str, ...]]]:
@@ -95,7 +97,6 @@ def test_two_workers_measure_one_study(
     labels = [trial["label"] for trial in found]
     assert len(set(labels)) == len(labels) >= 3  # the search may end before its limit
     assert len(labels) > len(by_process[os.getpid()]), "the other's are among them"
-    assert "resident" in labels
 
 
 @pytest.mark.slow

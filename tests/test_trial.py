@@ -569,7 +569,7 @@ def test_a_worker_answers_that_the_card_is_too_full(monkeypatch: pytest.MonkeyPa
     ours.send(Job("tiny-sd", None, "cpu"))
     worker = Worker.__new__(Worker)
     worker.subject, worker._slowest_s = ours.recv(), 0.0
-    worker._process, worker._connection = object(), ours  # type: ignore[assignment]
+    worker._child = SimpleNamespace(connection=ours)  # type: ignore[assignment]
     with pytest.raises(NothingFits, match="cuda:0 has 1 GiB free"):
         worker.measure(Request(RESIDENT, SMALL, None))
     ours.close()
@@ -592,8 +592,8 @@ class TestWorker:
         assert worker.subject.pipeline == probe.facts(pipes["tiny-sd"])
 
     def test_killed_in_a_trial_is_a_crash_and_the_next_trial_runs(self, worker: Worker) -> None:
-        process = worker._process
-        assert process is not None
+        assert worker._child is not None
+        process = worker._child.process
         threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
         outcome = worker.measure(
             Request(RESIDENT, Workload(64, 64, 900, passes=2), None, full=True)
@@ -606,8 +606,8 @@ class TestWorker:
     def test_a_hang_is_a_failure_and_the_worker_is_gone(
         self, worker: Worker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        process = worker._process
-        assert process is not None
+        assert worker._child is not None
+        process = worker._child.process
         monkeypatch.setattr("autofit.trial.measurer.HANG_S", 0.3)
         monkeypatch.setattr(worker, "_slowest_s", 1e-5)
         outcome = worker.measure(
@@ -645,9 +645,8 @@ class TestWorker:
             raise TimeoutError
 
         monkeypatch.setattr(worker, "_start", lambda: None)
-        monkeypatch.setattr(worker, "_connection", SimpleNamespace(send=id, close=lambda: None))
-        monkeypatch.setattr(worker, "_process", None)
-        monkeypatch.setattr(worker, "_life", None)
+        child = SimpleNamespace(connection=SimpleNamespace(send=id), end=lambda: None)
+        monkeypatch.setattr(worker, "_child", child)
         monkeypatch.setattr(worker, "_receive", hung)
         monkeypatch.setattr(worker, "_slowest_s", slowest_s)
         request = Request(RESIDENT, replace(SMALL, steps=30), None, full=full, left_s=left_s)
@@ -657,11 +656,11 @@ class TestWorker:
 
     def test_dies_with_its_parent(self, worker: Worker) -> None:
         worker.renew()
-        process, life = worker._process, worker._life
-        assert process is not None
-        assert life is not None
-        os.close(life)  # what the end of this process would do
-        worker._life = None
+        child = worker._child
+        assert child is not None
+        process = child.process
+        os.close(child._life)  # what the end of this process would do
+        child._life = os.open(os.devnull, os.O_RDONLY)  # for the worker's end to close
         deadline = time.monotonic() + 10
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

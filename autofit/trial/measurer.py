@@ -6,20 +6,15 @@ of the trial it was running; the next trial starts a new one.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 
 from autofit import probe
+from autofit.child import Child
 from autofit.probe import memory
 from autofit.spec import (
     AutofitError,
@@ -108,21 +103,19 @@ class Job:
 
 
 class Worker:
-    """Trials in a process of their own, which keeps its pipe from trial to trial.
+    """Trials in a process of their own, which keeps its pipe from trial to trial. ``child`` is one
+    that was started before.
 
     Raises:
         BadInput: the worker could not load the model; its own words.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, child: Child | None = None) -> None:
         self.job = job
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._life: int | None = None
+        self._child: Child | None = None
         self._slowest_s = 0.0  # of the answers so far, each as that of a short trial
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the worker's owner
         try:
-            self.subject: Subject = self._start()
+            self.subject: Subject = self._start(child)
         except BaseException:
             self.close()
             raise
@@ -133,16 +126,16 @@ class Worker:
         if request.left_s is not None:  # a first trial that hangs ends not long after the search
             limit_s = min(limit_s, request.left_s + HANG_S)
         try:
-            if self._process is None:
+            if self._child is None:
                 self._start()
-            assert self._connection is not None
+            assert self._child is not None
             start = time.monotonic()
-            self._connection.send(request)
+            self._child.connection.send(request)
             outcome = self._receive(limit_s)
         except (EOFError, ConnectionError) as error:
             return self._crash(error)
         except TimeoutError:
-            self._stop()
+            self.close()
             return Failure(Why.HANG, f"no answer in {limit_s:.0f} s; the worker was killed")
         if isinstance(outcome, str):
             raise NothingFits(outcome, None)
@@ -155,85 +148,48 @@ class Worker:
         return max(HANG_S, known_s * longer)
 
     def renew(self) -> None:
-        self._stop()
+        self.close()
         self._start()
 
     def close(self) -> None:
-        self._stop()
-        self._log.close()
+        """End the process; the next trial starts another."""
+        self._end()
 
-    def _start(self) -> Subject:
-        ours, theirs = _socket_pair()
-        read_life, self._life = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "autofit.lifeline", str(theirs.fileno()), str(read_life)],
-            pass_fds=(theirs.fileno(), read_life),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        theirs.close()
-        os.close(read_life)
-        self._connection = ours
-        ours.send(self.job)
+    def _start(self, child: Child | None = None) -> Subject:
+        self._child = child or Child()
         try:
+            self._child.connection.send(self.job)
             subject = self._receive(START_S)
         except (EOFError, ConnectionError, TimeoutError) as error:
             raise AutofitError(
                 f"the worker for {self.job.model} did not start: {self._crash(error).detail}"
             ) from error
         if isinstance(subject, str):
-            self._stop()
+            self.close()
             raise BadInput(subject)
         assert isinstance(subject, Subject)
         return subject
 
     def _receive(self, limit_s: float) -> Any:
-        assert self._connection is not None
-        if not self._connection.poll(limit_s):
+        assert self._child is not None
+        if not self._child.connection.poll(limit_s):
             raise TimeoutError
-        return self._connection.recv()
+        return self._child.connection.recv()
 
     def _crash(self, error: BaseException) -> Failure:
-        code = self._stop()
-        ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        words = self._last_words() or repr(error)
+        code, said = self._end() or (0, "")
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        words = said or repr(error)
         if code == -signal.SIGKILL and not isinstance(error, TimeoutError):  # else it was us
             words = OUT_OF_HOST
         return Failure(Why.CRASH, f"worker ended by {ended}; {words}")
 
-    def _last_words(self) -> str:
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - 2000))
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else ""
-
-    def _stop(self) -> int | None:
-        """End the worker, if there is one, and wait for it. Returns its exit code."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._life is not None:
-            os.close(self._life)
-        process, self._process = self._process, None
-        self._connection = self._life = None
-        if process is None:
-            return None
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=1.0)  # one that crashed has a code of its own
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
-        return process.wait()
+    def _end(self) -> tuple[int, str] | None:
+        """End the process, if there is one. Returns its exit code and last words."""
+        child, self._child = self._child, None
+        return None if child is None else child.end()
 
 
 def _longer(request: Request) -> float:
     """How many times as long as a short trial this may take by its steps."""
     return max(1.0, 2 * request.workload.steps / TRIAL_STEPS[0]) if request.full else 1.0
-
-
-def _socket_pair() -> tuple[Connection, Connection]:
-    from multiprocessing import Pipe
-
-    ours, theirs = Pipe(duplex=True)
-    return ours, theirs
