@@ -11,4 +11,5 @@ python scripts/make_profiles.py --check
 python scripts/make_benchmarks.py --check
 # Two processes of one thread each: on two cores, two of two spend their time waiting for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -q -m 'not slow' -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile --durations 12
+python -m pytest -q -m 'not slow' -n "${AUTOFIT_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+  --durations 12

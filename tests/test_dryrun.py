@@ -80,7 +80,8 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("size", "techniques"),
         [(SMALL, ())]
-        + [(LARGE, ts) for ts in ((), (MATH,), (TWO,), (SLICED,), (BOTH,), (TILED, MATH))],
+        + [(LARGE, ts) for ts in ((), (MATH,), (TWO,), (SLICED,), (TILED, MATH))]
+        + [pytest.param(LARGE, (BOTH,), marks=pytest.mark.slow)],
         ids=lambda found: " + ".join(getattr(t, "label", str(t)) for t in found) or "as found",
     )
     def test_are_those_of_a_true_run(

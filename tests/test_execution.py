@@ -51,7 +51,10 @@ def _latents(pipe: Any, prompt: str = "a cat", steps: int = 3, size: int = 64) -
     return latents
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tiny-sdxl")) for n in TINY],
+)
 def pipe(request: pytest.FixtureRequest) -> Any:
     return build(request.param, dtype="float32")
 

@@ -82,8 +82,8 @@ def test_what_is_one_chunk_is_left_alone(pipes: Pipes, model: str) -> None:
 @pytest.mark.parametrize(
     ("name", "others", "placement"),
     [
-        ("tiny-sd", (TracedDenoiser(),), Resident()),
-        ("tiny-sd", (RegionalCompile(),), Streamed()),
+        pytest.param("tiny-sd", (TracedDenoiser(),), Resident(), marks=pytest.mark.slow),
+        pytest.param("tiny-sd", (RegionalCompile(),), Streamed(), marks=pytest.mark.slow),
         ("tiny-sd", (TwoPasses(),), Streamed()),
         pytest.param("tiny-sd3", (RegionalCompile(),), Resident(), marks=pytest.mark.slow),
         ("tiny-sd3", (TwoPasses(),), ModelOffload()),
@@ -159,8 +159,7 @@ def test_a_denoiser_without_such_layers_is_not_bound_by_them() -> None:
     "name",
     [
         "sd15",
-        "flux-dev",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "sd35-medium")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "sd35-medium", "flux-dev")),
     ],
 )
 def test_a_dry_run_holds_less_just_where_it_is_said(name: str) -> None:

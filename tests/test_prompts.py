@@ -32,7 +32,7 @@ GROUPS = KINDS["group_offload"]()
 PLACEMENTS = [
     RESIDENT,
     KINDS["model_offload"](),
-    KINDS["sequential_offload"](),
+    pytest.param(KINDS["sequential_offload"](), marks=pytest.mark.slow),
     GROUPS,
     KINDS["streamed"](),
 ]

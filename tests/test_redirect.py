@@ -65,7 +65,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tiny-sdxl")) for n in TINY],
+)
 def pipe(request: pytest.FixtureRequest) -> Any:
     return build(request.param, dtype="float32")
 

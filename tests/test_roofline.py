@@ -217,6 +217,7 @@ def test_what_a_module_does_costs_more_than_what_is_between_tensors() -> None:
     assert roofline.calls(facts) == pytest.approx(11 + 20 * roofline.BARE_SHARE)
 
 
+@pytest.mark.slow
 def test_the_default_launch_is_what_the_h200_took_for_sdxl() -> None:
     """All resident a step took 0.0548 to 0.0590 s; the device alone is busy for less."""
     facts = dry("sdxl").phases(SDXL)[Phase.STEP]

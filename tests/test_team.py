@@ -125,6 +125,7 @@ def test_a_helper_that_nobody_needed_leaves_nothing(home: Path) -> None:
     assert not (home / "studies").exists()
 
 
+@pytest.mark.slow  # test_budgets.py has such planners
 def test_what_a_helper_died_of_is_said_and_the_planning_goes_on(pipes: Pipes, home: Path) -> None:
     helpers = Team([Ask("tiny-ds", GOAL, Effort(), "cpu", None)])
     helpers._members[0]._process.wait(PATIENCE_S)
