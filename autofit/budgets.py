@@ -99,7 +99,9 @@ class _Crew:
         self._idle = [team.Planner(ask, number) for number, ask in enumerate(asks)]
         self._busy: list[team.Planner] = []
         self._helping: list[team.Planner] = []
-        self._searched: list[Goal] = []  # whose studies have begun, and are not known to be over
+        # Of the busy, those whose studies have begun and are not known to be over.
+        self._searching: list[team.Planner] = []
+        self._exhausted: list[Goal] = []  # whose helpers found nothing left to try
 
     @property
     def _all(self) -> list[team.Planner]:
@@ -114,8 +116,7 @@ class _Crew:
         self._begin()
         while self._busy or self._budgets.waiting:
             for planner in team.with_news(self._busy + self._helping):
-                if planner in self._all:
-                    self._hear(planner)
+                self._hear(planner)
             self._begin()
 
     def close(self) -> None:
@@ -127,16 +128,14 @@ class _Crew:
             planner = self._idle.pop(0)
             planner.begin(goal, self._budgets.after(goal), self._budgets.was_begun(goal))
             self._busy.append(planner)
-        while self._idle and self._searched:
-            goal = min(self._searched, key=lambda goal: len(self._helpers(goal)))
-            planner = self._idle.pop(0)
-            planner.help(goal, self._budgets.after(goal))
-            self._helping.append(planner)
-            self._listener(planner).stage("one more searches along")
+        while self._idle and self._searching:
+            leader = min(self._searching, key=lambda planner: len(self._helpers(planner)))
+            helper = self._idle.pop(0)
+            helper.help(leader)
+            self._helping.append(helper)
+            self._listener(helper).stage("one more searches along")
 
     def _hear(self, planner: team.Planner) -> None:
-        assert planner.goal is not None
-        goal = planner.goal
         try:
             news = planner.news()
         except EOFError:
@@ -144,43 +143,59 @@ class _Crew:
             return
         if isinstance(news, Progress):
             self._listener(planner).progress(news)
-            if goal not in self._searched:
-                self._searched.append(goal)
-            return
-        if goal in self._searched:
-            self._searched.remove(goal)
-        if isinstance(news, str):
-            self._listener(planner).stage(news)
+            if planner not in self._searching and planner.goal not in self._exhausted:
+                self._searching.append(planner)
         elif news is None:
-            self._helping.remove(planner)
-            self._idle.append(planner)
-        else:
-            self._take(planner, news)
+            self._leave(planner)
+        else:  # its search has not begun, or is over
+            self._recall(self._helpers(planner))
+            self._searching = [p for p in self._searching if p is not planner]
+            if isinstance(news, str):
+                self._listener(planner).stage(news)
+            else:
+                self._take(planner, news)
+
+    def _leave(self, helper: team.Planner) -> None:
+        """It has nothing left to try, or was recalled."""
+        self._helping.remove(helper)
+        self._idle.append(helper)
+        assert helper.goal is not None
+        self._exhausted.append(helper.goal)
+        self._searching = [p for p in self._searching if p.goal != helper.goal]
+
+    def _recall(self, helpers: Sequence[team.Planner]) -> None:
+        """They come as soon as their trials are over."""
+        for helper in helpers:
+            helper.stop()
 
     def _take(self, planner: team.Planner, answer: Answer) -> None:
         if _is_fault(answer) and len(self._all) > 1:
             self._lose(planner, planner.dismissed(str(answer.error)))
             return
-        for helper in self._helpers(answer.goal):  # at trials that can change nothing any more
-            self._helping.remove(helper)
-            helper.end()
-        self._busy.remove(planner)
+        self._forget(planner)
         self._idle.append(planner)
         self._budgets.tell(answer)
 
     def _lose(self, planner: team.Planner, fault: str) -> None:
         """What it was at is for the others to do."""
         leads = planner in self._busy
-        (self._busy if leads else self._helping).remove(planner)
+        self._forget(planner)
         if not self._all:
             raise AutofitError(fault)
         self._console.print(f"warning: {fault}", style="yellow", markup=False)
         if leads:
             assert planner.goal is not None
             self._budgets.put_back(planner.goal)
+            if not self._idle:
+                self._recall(self._helping[-1:])
 
-    def _helpers(self, goal: Goal) -> list[team.Planner]:
-        return [planner for planner in self._helping if planner.goal == goal]
+    def _forget(self, planner: team.Planner) -> None:
+        for part in (self._busy, self._helping, self._searching):
+            if planner in part:
+                part.remove(planner)
+
+    def _helpers(self, leader: team.Planner) -> list[team.Planner]:
+        return [planner for planner in self._helping if planner.goal == leader.goal]
 
     def _listener(self, planner: team.Planner) -> Listener:
         assert planner.goal is not None

@@ -161,7 +161,7 @@ def find_plan(
         listener.stage(f"begins with the plan of a profile for {workload_text(begin.workload)}")
     with helped or nullcontext():
         found = searched(on_progress=listener.progress)
-    _check_found(task, found, trials)
+    _check_found(task, found, trials, listener)
     listener.stage("verifying in full, twice, under the cap")
     winner = trials.verify(found)
     profile = _profile(task, winner, found.attempts)
@@ -219,10 +219,17 @@ def help_search(
     defaults: str | None,
     foresee: Foresee,
     after: Planned | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Search along with whoever plans the same: all that is found is in the study."""
+    """Search along with whoever plans the same: all that is found is in the study. ``is_over`` is
+    asked before and after each trial whether to go on."""
+
+    def look(_: Progress) -> None:
+        if is_over():
+            raise KeyboardInterrupt
+
     searched = _begun(measurer, goal, effort, defaults, foresee, after)[-1]
-    searched()
+    searched(on_progress=look)
 
 
 def _begun(
@@ -295,7 +302,7 @@ def _check_room(subject: Subject, budget_bytes: int) -> None:
     )
 
 
-def _check_found(task: Task, found: Found, trials: Trials) -> None:
+def _check_found(task: Task, found: Found, trials: Trials, listener: Listener) -> None:
     """Say why there is no profile to make, if so."""
     ranked = ranking(found.attempts, task)
     if found.interrupted:
@@ -307,6 +314,7 @@ def _check_found(task: Task, found: Found, trials: Trials) -> None:
         last = found.attempts[-1].outcome
         assert isinstance(last, Failure)
         raise AutofitError(f"every trial failed; the last one: {last.detail}")
+    listener.stage("nothing fits: measuring what would")
     smallest = trials.smallest_bytes(found.leanest)
     budget = f"{format_bytes(task.budget_bytes)} ({task.budget_bytes / 1e9:.3g} GB)"
     if smallest is None:

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -155,20 +155,27 @@ class Planner(_Member):
     def __init__(self, ask: Ask, number: int) -> None:
         self.number = number
         self.goal: Goal | None = None  # that it is at
+        self.after: Planned | None = None  # what it knows from a larger budget
         self.connection, theirs = Pipe()
         with theirs:
             super().__init__(ask, "plan_goals", theirs.fileno())
 
     def begin(self, goal: Goal, after: Planned | None, resumes: bool) -> None:
         """``resumes`` what another has begun: what that had measured is not forgotten."""
-        self._order(_Order(goal, after, resumes))
+        self.goal, self.after = goal, after
+        self._send(_Order(goal, after, resumes))
 
-    def help(self, goal: Goal, after: Planned | None) -> None:
-        """Search along with who plans it, until nothing is left to try."""
-        self._order(_Order(goal, after, resumes=True, helps=True))
+    def help(self, leader: Planner) -> None:
+        """Search along with another, knowing what it knew, until nothing is left to try."""
+        assert leader.goal is not None
+        self.goal, self.after = leader.goal, leader.after
+        self._send(_Order(leader.goal, leader.after, resumes=True, helps=True))
 
-    def _order(self, order: _Order) -> None:
-        self.goal = order.goal
+    def stop(self) -> None:
+        """To help, after the trial that it is at."""
+        self._send(None)
+
+    def _send(self, order: _Order | None) -> None:
         with suppress(OSError):  # it has died, and ``news`` says of what
             self.connection.send(order)
 
@@ -245,12 +252,21 @@ def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
     with suppress(EOFError):
         while True:
             order = connection.recv()
+            if order is None:
+                continue  # the word to stop: it has stopped, or was done by itself
             assert isinstance(order, _Order)
             # as above: who asks has made the dry run by now
             foresight = foresight or Foresight(ask.model, ask.goal, ask.device, ask.dtype)
             about = measurer, order.goal, ask.effort.joined if order.resumes else ask.effort
             if order.helps:
-                help_search(*about, defaults=ask.model, foresee=foresight.basis, after=order.after)
+                with _alone_at_fault():
+                    help_search(
+                        *about,
+                        defaults=ask.model,
+                        foresee=foresight.basis,
+                        after=order.after,
+                        is_over=connection.poll,
+                    )
                 connection.send(None)
                 continue
             answer = answered(
@@ -261,6 +277,15 @@ def _answer(connection: Connection, ask: Ask, measurer: Measurer) -> None:
                 after=order.after,
             )
             connection.send(answer)
+
+
+@contextmanager
+def _alone_at_fault() -> Iterator[None]:
+    """Who plans what this one helps with may go on where this one cannot."""
+    try:
+        yield
+    except AutofitError as error:
+        sys.exit(str(error))
 
 
 def _end_with_planner() -> None:

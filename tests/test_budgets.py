@@ -223,9 +223,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.begun.append((self.number, goal.budget_bytes // MIB, known))
             super().begin(goal, after, resumes)
 
-        def help(self, goal: Goal, after: Planned | None) -> None:
-            seen.helped.append(goal.budget_bytes // MIB)
-            super().help(goal, after)
+        def help(self, leader: team.Planner) -> None:
+            assert leader.goal is not None
+            seen.helped.append(leader.goal.budget_bytes // MIB)
+            super().help(leader)
 
     monkeypatch.setattr(team, "Planner", Planner)
     return seen
@@ -315,6 +316,7 @@ class Scripted:
 
     begun: ClassVar[list[tuple[int, str, bool]]] = []
     helped: ClassVar[list[tuple[int, str]]] = []
+    stopped: ClassVar[list[int]] = []
     ended: ClassVar[list[int]] = []
 
     def __init__(self, ask: team.Ask, number: int) -> None:
@@ -333,9 +335,12 @@ class Scripted:
     def dismissed(self, reason: str) -> str:
         return f"ended early: {reason}"
 
-    def help(self, goal: Goal, after: Planned | None) -> None:
-        self.goal = goal
-        self.helped.append((self.number, str(goal.budget)))
+    def help(self, leader: Any) -> None:
+        self.goal = leader.goal
+        self.helped.append((self.number, str(self.goal.budget)))
+
+    def stop(self) -> None:
+        self.stopped.append(self.number)
 
     def end(self) -> None:
         self.ended.append(self.number)
@@ -386,71 +391,62 @@ class Puppet(Scripted):
         assert number == self.number
         if said is EOFError:
             raise EOFError
-        return replace(found(said, said), goal=self.goal) if said in ("60MiB", "6MiB") else said
+        return replace(found(said, said), goal=self.goal) if str(said).endswith("MiB") else said
 
     def died_of(self) -> str:
         return f"{self.number} died"
+
+
+@pytest.fixture
+def puppets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_news(planners: list[Any]) -> list[Any]:
+        return [planner for planner in planners if planner.number == Puppet.script[0][0]]
+
+    monkeypatch.setattr(team, "Planner", Puppet)
+    monkeypatch.setattr(team, "with_news", with_news)
+    for name in ("script", "begun", "helped", "stopped", "ended"):
+        monkeypatch.setattr(Puppet, name, [])
 
 
 TRIED = Progress(0, profile().plan, None, None, 0.0, Limits())
 
 
 @pytest.mark.parametrize(
-    ("script", "begun", "helped", "ended"),
+    ("script", "stopped", "ended"),
     [
-        (  # at a trial that can change nothing when the answer is there
-            [(0, TRIED), (1, "6MiB"), (0, TRIED), (0, "60MiB")],
-            [(0, "60MiB", False), (1, "6MiB", False)],
-            [(1, "60MiB")],
-            [1, 0],
-        ),
-        (  # done with it while the answer is verified
-            [(1, "6MiB"), (0, TRIED), (1, None), (0, "verifying"), (0, "60MiB")],
-            [(0, "60MiB", False), (1, "6MiB", False)],
-            [(1, "60MiB")],
-            [1, 0],
-        ),
-        (  # nothing is searched for yet, or any more
-            [
-                (1, "6MiB"),
-                (0, "legal plans"),
-                (0, TRIED),
-                (1, None),
-                (0, "verifying"),
-                (0, "60MiB"),
-            ],
-            [(0, "60MiB", False), (1, "6MiB", False)],
-            [(1, "60MiB")],
-            [1, 0],
-        ),
-        (  # who helped goes on where who planned has died
-            [(0, TRIED), (1, "6MiB"), (0, EOFError), (1, None), (1, TRIED), (1, "60MiB")],
-            [(0, "60MiB", False), (1, "6MiB", False), (1, "60MiB", True)],
-            [(1, "60MiB")],
-            [1],
-        ),
-        (  # who helped has died
-            [(0, TRIED), (1, "6MiB"), (1, EOFError), (0, TRIED), (0, "60MiB")],
-            [(0, "60MiB", False), (1, "6MiB", False)],
-            [(1, "60MiB")],
-            [0],
-        ),
+        ([(0, TRIED), (1, "6MiB"), (0, TRIED), (0, "60MiB")], [1], [0, 1]),
+        ([(0, TRIED), (1, "6MiB"), (0, "verifying"), (1, None), (0, "60MiB")], [1], [1, 0]),
+        # It found nothing left to try, and is not sent there again.
+        ([(1, "6MiB"), (0, TRIED), (1, None), (0, TRIED), (0, "60MiB")], [], [1, 0]),
+        # Before the first trial the study may not be there yet.
+        ([(1, "6MiB"), (0, "plans"), (0, TRIED), (0, "verifying"), (0, "60MiB")], [1, 1], [0, 1]),
+        # It has died.
+        ([(0, TRIED), (1, "6MiB"), (1, EOFError), (0, TRIED), (0, "60MiB")], [], [0]),
     ],
 )
 def test_who_is_done_helps(
-    script: list[Any], begun: Any, helped: Any, ended: Any, monkeypatch: pytest.MonkeyPatch
+    script: list[Any], stopped: list[int], ended: list[int], puppets: None
 ) -> None:
-    monkeypatch.setattr(team, "Planner", Puppet)
-    said = lambda planners: [p for p in planners if p.number == script[0][0]]  # noqa: E731
-    monkeypatch.setattr(team, "with_news", said)
-    monkeypatch.setattr(Puppet, "script", script)
-    for name in ("begun", "helped", "ended"):
-        monkeypatch.setattr(Scripted, name, [])
+    Puppet.script += script
     told = autofit(*ASKED, "--budget", "60MiB,6MiB", "--workers", "2", "--fresh", "--json")
     assert told.code == 0, told.err
-    assert script == []
-    assert (Scripted.begun, Scripted.helped, Scripted.ended) == (begun, helped, ended)
+    assert Puppet.script == []
+    assert Puppet.begun == [(0, "60MiB", False), (1, "6MiB", False)]
+    assert Puppet.helped == [(1, "60MiB")]
+    assert (Puppet.stopped, Puppet.ended) == (stopped, ended)
     assert [entry["budget_bytes"] // MIB for entry in json.loads(told.out)] == [60, 6]
+
+
+def test_who_helps_is_called_back_for_what_nobody_plans_any_more(puppets: None) -> None:
+    Puppet.script += [(0, TRIED), (1, TRIED), (2, "5MiB"), (1, EOFError), (2, None), (0, "60MiB")]
+    Puppet.script += [(2, "6MiB")]
+    asked = ("--budget", "60MiB,6MiB,5MiB", "--workers", "3", "--fresh", "--json")
+    told = autofit(*ASKED, *asked)
+    assert told.code == 0, told.err
+    assert Puppet.helped == [(2, "60MiB")]
+    assert Puppet.stopped == [2]
+    assert Puppet.begun[3:] == [(2, "6MiB", True)]
+    assert "warning: 1 died\n" in told.err
 
 
 @pytest.mark.slow
