@@ -11,9 +11,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 TINY = ("tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3")
-# SDXL has all that Stable Diffusion has, and a second encoder: where time is short it stands for
-# both.
-MODELS = (pytest.param(TINY[0], marks=pytest.mark.slow), *TINY[1:])
+# Where time is short, of the UNets SDXL stands for both, of the DiTs FLUX.
+FEW = ("tiny-sdxl", "tiny-flux")
+MODELS = tuple(pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in TINY)
 # Without a driver, a thousand tests would be made to be skipped.
 DRIVERS = [path for path in ("/dev/nvidiactl", "/dev/dxg") if os.path.exists(path)]
 DEVICES = ("cpu", *(pytest.param("cuda:0", marks=pytest.mark.gpu) for _ in DRIVERS))

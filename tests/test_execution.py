@@ -294,6 +294,7 @@ class Denoiser(torch.nn.Module):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_what_was_compiled_for_one_attention_kernel_is_not_run_for_another() -> None:
     """torch looks at all that a block reads, but not at the kernel that is preferred."""
     if shutil.which("g++") is None:
