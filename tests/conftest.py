@@ -11,9 +11,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 TINY = ("tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3")
-# Where time is short, of the UNets SDXL stands for both, of the DiTs FLUX.
-FEW = ("tiny-sdxl", "tiny-flux")
-MODELS = tuple(pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in TINY)
+
+
+def models(*slow: str) -> list[Any]:
+    """All, for a test's or a fixture's parameter; where time is short, not the slow ones."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in TINY]
+
+
+MODELS = models("tiny-sd", "tiny-sd3")  # of the UNets SDXL stands for both, of the DiTs FLUX
 # Without a driver, a thousand tests would be made to be skipped.
 DRIVERS = [path for path in ("/dev/nvidiactl", "/dev/dxg") if os.path.exists(path)]
 DEVICES = ("cpu", *(pytest.param("cuda:0", marks=pytest.mark.gpu) for _ in DRIVERS))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch._dynamo.config
+from conftest import models
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from samples import device
 from torch._dynamo.utils import counters
@@ -30,7 +31,6 @@ from autofit.techniques.execution import (
     TracedDenoiser,
 )
 
-TINY = ["tiny-sd", "tiny-sdxl", "tiny-flux", "tiny-sd3"]
 WORKLOAD = Workload(64, 64, 4)
 
 
@@ -51,10 +51,7 @@ def _latents(pipe: Any, prompt: str = "a cat", steps: int = 3, size: int = 64) -
     return latents
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tiny-sdxl")) for n in TINY],
-)
+@pytest.fixture(scope="module", params=models("tiny-sdxl"))
 def pipe(request: pytest.FixtureRequest) -> Any:
     return build(request.param, dtype="float32")
 

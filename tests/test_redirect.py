@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import models
 from samples import device
 from snapshots import differences, snapshot
 from torch.nn import functional
@@ -65,10 +65,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=[pytest.mark.slow] * (n == "tiny-sdxl")) for n in TINY],
-)
+@pytest.fixture(scope="module", params=models("tiny-sdxl"))
 def pipe(request: pytest.FixtureRequest) -> Any:
     return build(request.param, dtype="float32")
 
