@@ -48,7 +48,9 @@ MIN_GAIN = 0.025  # a plan must be predicted this much faster than the best to b
 # of tests/golden at most three failed before a gain; as many as seven did at the end.
 PATIENCE = 5
 MAX_NEW = 1  # changes of a phase at a time: what changed is then what made the difference
-NEAR = 1.08  # within this of the budget a plan is tried: predictions err by more
+# Within this of the budget a plan is tried: predictions err by more. Once one has run out of memory
+# that is not completed for the budget, such plans are tried only where they are predicted nearer.
+NEAR = 1.08
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
 LEANEST = 3
 LEAN = 1.1  # times the least that any plan needs
@@ -123,6 +125,7 @@ class PlanSampler(BaseSampler):
         self._open[self._surrogate.open_numbers()] = True
         self._borrows = np.array([plan.placement.borrows for plan in task.plans], dtype=bool)
         self._choices = _Choices(task)
+        self._near = NEAR
         self._failed_hopes = 0  # since the last gain
         self._tie_break = np.array(
             [(p.fidelity.rank * 100 + len(p.techniques)) for p in task.plans]
@@ -184,6 +187,9 @@ class PlanSampler(BaseSampler):
         self.tried.add(number)
         self.attempts.append(Attempt(plan, outcome))
         self._learn_hope(number, outcome, best)
+        if ran_out(outcome) and not self._open[number]:
+            predicted_bytes = float(self._surrogate.peak_bytes()[number])
+            self._near = max(1.0, min(self._near, predicted_bytes / self.task.budget_bytes))
         if not (self._open[number] and ran_out(outcome)):  # with fewer weights it may run
             self._choices.learn(number, outcome)
         self._surrogate.learn(number, plan, outcome, best_s)
@@ -239,7 +245,8 @@ class PlanSampler(BaseSampler):
         peak_bytes, budget_bytes = self._surrogate.peak_bytes(), self.task.budget_bytes
         # What a plan gains by borrowing rests on the memory that it would lack.
         untried &= ~self._borrows | (peak_bytes <= budget_bytes * NEAR)
-        fits = untried & (peak_bytes <= budget_bytes * np.where(self._open, FAR, NEAR))
+        near = (peak_bytes <= budget_bytes) | (peak_bytes < budget_bytes * self._near)
+        fits = untried & np.where(self._open, peak_bytes <= budget_bytes * FAR, near)
         best = best_attempt(self.attempts, self.task)
         if best is not None and isinstance(best.outcome, Measurement):
             seconds = self._expected_s()

@@ -62,7 +62,7 @@ def within(attempts: Sequence[Attempt], budget_bytes: int) -> Measurement:
 
 def test_finds_nearly_the_fastest_of_all_plans() -> None:
     """In worlds where each choice is up to a quarter better or worse than predicted. Of 64 of them
-    the mean is 1.058 after 7 trials: of 16 the mean strays by 0.016."""
+    the mean is 1.059 after 6 trials: of 16 the mean strays by 0.016."""
     regrets = []
     for budget_bytes in map(gib, (4, 6, 8, 12)):
         asked = task(budget_bytes)
@@ -74,7 +74,7 @@ def test_finds_nearly_the_fastest_of_all_plans() -> None:
             best = within(found.attempts, budget_bytes)
             regrets.append(asked.objective_s(best) / least_s)
             assert len(found.attempts) <= 25 < len(PLANS) / 20
-    assert statistics.mean(regrets) <= 1.07
+    assert statistics.mean(regrets) <= 1.075
     assert max(regrets) <= 1.25
 
 
