@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from autofit.foresight import Foresight
 from autofit.goals import Goal, too_little
 from autofit.planner import Answer, Effort, Interrupted, Listener, Planned, answered
 from autofit.probe import device_named
+from autofit.sampler import is_clearly_faster, objective_s
 from autofit.search import Progress
 from autofit.spec import AutofitError, BadInput, NothingFits
 from autofit.units import format_bytes, format_seconds
@@ -45,7 +47,7 @@ def plan(
     session.check_model(model)
     effort.check()
     found = Found(console)
-    budgets = Budgets(goals, found.add)
+    budgets = Budgets(goals, effort.images, found.add)
     devices = team.devices(target, workers)
     asks = [team.Ask(model, budgets.waiting[0], effort, d, dtype) for d in devices]
     with (
@@ -213,13 +215,15 @@ def _is_fault(answer: Answer) -> bool:
 
 class Budgets:
     """Goals that wait, the largest budget first, and what came of the others. One budget is
-    planned for once, however often and in whatever unit it is given."""
+    planned for once, however often and in whatever unit it is given; its answer is heard again
+    where a plan for another budget turns out to be faster and fits."""
 
-    def __init__(self, goals: Sequence[Goal], heard: Callable[[Answer], None]) -> None:
+    def __init__(self, goals: Sequence[Goal], images: int, heard: Callable[[Answer], None]) -> None:
         different = {goal.budget_bytes: goal for goal in reversed(goals)}
         self.waiting = [different[size_bytes] for size_bytes in sorted(different, reverse=True)]
-        self._heard = heard
+        self._images, self._heard = images, heard
         self._answers: list[Answer] = []
+        self._told: list[Planned] = []  # for what they were searched for
         self._begun: set[int] = set()  # by one who could not end it
 
     def next(self) -> Goal | None:
@@ -234,7 +238,34 @@ class Budgets:
 
     def tell(self, answer: Answer) -> None:
         self._answers.append(answer)
+        if answer.planned is not None:
+            self._told.append(answer.planned)
         self._heard(answer)
+        for old in sorted(self._answers, key=lambda a: a.goal.budget_bytes, reverse=True):
+            new = self._bettered(old)
+            if new is not None:
+                self._answers[self._answers.index(old)] = new
+                self._heard(new)
+
+    def _bettered(self, answer: Answer) -> Answer | None:
+        """One with the fastest plan that fits the budget, where its own is clearly slower."""
+        room_bytes = answer.goal.budget_bytes
+        every = [a.planned for a in self._answers if a.planned is not None]
+        fits = [p for p in every if p.profile.measured.peak_bytes <= room_bytes]
+        if answer.planned is None or not fits:
+            return None
+        best = min(fits, key=self._order)
+        pair = best.profile.measured, answer.planned.profile.measured
+        if not is_clearly_faster(*pair, self._images):
+            return None
+        raised_bytes = max(best.profile.budget_bytes, room_bytes)
+        profile = replace(best.profile, budget_bytes=raised_bytes)
+        return replace(answer, planned=replace(best, profile=profile))
+
+    def _order(self, planned: Planned) -> tuple[float, int]:
+        """The fastest first; of one plan the profile for the largest budget."""
+        profile = planned.profile
+        return objective_s(profile.measured, self._images), -profile.budget_bytes
 
     def put_back(self, goal: Goal) -> None:
         """One that ``next`` gave, to be given again."""
@@ -266,11 +297,7 @@ class Budgets:
         return Answer(goal, error=too_little("not tried", smallest_bytes))
 
     def _larger(self, goal: Goal) -> list[Planned]:
-        return [
-            answer.planned
-            for answer in self._answers
-            if answer.planned and answer.planned.profile.budget_bytes > goal.budget_bytes
-        ]
+        return [p for p in self._told if p.profile.budget_bytes > goal.budget_bytes]
 
 
 def _smallest_bytes(answers: Sequence[Answer]) -> int:
@@ -292,15 +319,20 @@ class Found:
         self._unkept: BadInput | None = None
 
     def add(self, answer: Answer) -> None:
-        self._answers.append(answer)
+        """One, or another for a budget that had one."""
+        others = [a for a in self._answers if a.goal.budget_bytes != answer.goal.budget_bytes]
+        is_first = len(others) == len(self._answers)
+        self._answers = [*others, answer]
         self._answers.sort(key=lambda a: a.goal.budget_bytes, reverse=True)
         planned = answer.planned
         if planned is None:
             self._say(answer, str(answer.error))
         elif not _is_served(answer, planned):
             self._keep(planned)
-            commands.print_trials(self._console, planned, answer.took_s)
-            self._say(answer, f"profile {self._path(planned)}")
+            if is_first:
+                commands.print_trials(self._console, planned, answer.took_s)
+            taken = "" if is_first else "the plan for less memory is faster: "
+            self._say(answer, f"{taken}profile {self._path(planned)}")
         else:
             peak = format_bytes(planned.profile.measured.peak_bytes)
             self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: it serves")

@@ -526,8 +526,8 @@ def test_an_unknown_model_is_found_out_before_a_process_is_started(watched: Watc
 # ---------------------------------------------------------------- the order
 
 
-def found(budget: str, peak: str, image_s: float = 1.0) -> Answer:
-    measured = measurement(peak_bytes=parse_size(peak), image_s=image_s)
+def found(budget: str, peak: str, image_s: float = 1.0, warmup_s: float = 1.0) -> Answer:
+    measured = measurement(peak_bytes=parse_size(peak), image_s=image_s, warmup_s=warmup_s)
     made = profile(budget_bytes=parse_size(budget), measured=measured)
     subject = Subject(worlds.SDXL, device())
     return Answer(Goal(budget), Planned(made, (), (), subject, Path("reference.npz")))
@@ -538,7 +538,7 @@ class Asked:
 
     def __init__(self, *asked: str) -> None:
         self.heard: list[Answer] = []
-        self.budgets = Budgets([Goal(budget) for budget in asked], self.heard.append)
+        self.budgets = Budgets([Goal(budget) for budget in asked], 20, self.heard.append)
 
     def next(self) -> str | None:
         goal = self.budgets.next()
@@ -578,7 +578,60 @@ def test_of_the_plans_that_fit_the_fastest_serves() -> None:
     asked.budgets.tell(found("8GiB", "5GiB", image_s=1.1))
     assert asked.next() is None
     served = [a.planned.profile.budget_bytes // GIB for a in asked.heard if a.planned]
-    assert served == [12, 8, 12, 8]
+    assert served == [12, 8, 12, 12, 8]
+
+
+def budgets_of(asked: Asked) -> list[tuple[str, int, float]]:
+    """What was heard: for which budget, and the budget and seconds of the plan's profile."""
+    profiles = [(str(a.goal.budget), a.planned.profile) for a in asked.heard if a.planned]
+    return [(name, p.budget_bytes // GIB, p.measured.image_s) for name, p in profiles]
+
+
+def test_a_faster_plan_for_less_memory_is_that_for_more_too() -> None:
+    """For the largest budget that it is faster for, and it serves below."""
+    asked = Asked("16GiB", "12GiB", "8GiB", "6GiB")
+    assert [asked.next(), asked.next()] == ["16GiB", "12GiB"]
+    asked.budgets.tell(found("16GiB", "15GiB", image_s=1.3))
+    asked.budgets.tell(found("12GiB", "7GiB", image_s=1.2))
+    del asked.heard[:]  # of 12 GiB for 16 GiB, and for itself
+    assert asked.next() == "6GiB"
+    asked.budgets.tell(found("6GiB", "5GiB", image_s=1.0))
+    assert budgets_of(asked) == [
+        ("8GiB", 12, 1.2),
+        ("6GiB", 6, 1.0),
+        *(("16GiB", 16, 1.0), ("12GiB", 16, 1.0), ("8GiB", 16, 1.0)),
+    ]
+
+
+def test_a_faster_plan_that_fits_less_serves_there_however_late_it_comes() -> None:
+    asked = Asked("12GiB", "8GiB")
+    assert [asked.next(), asked.next()] == ["12GiB", "8GiB"]
+    asked.budgets.tell(found("8GiB", "7GiB", image_s=1.1))
+    asked.budgets.tell(found("12GiB", "6GiB", image_s=1.0))
+    assert budgets_of(asked) == [("8GiB", 8, 1.1), ("12GiB", 12, 1.0), ("8GiB", 12, 1.0)]
+
+
+@pytest.mark.parametrize(("image_s", "warmup_s"), [(0.99, 1.0), (0.9, 4.0), (1.0, 0.1)])
+def test_a_plan_that_is_not_clearly_faster_takes_no_budget(image_s: float, warmup_s: float) -> None:
+    """Within the noise, by its set-up, or by its set-up alone."""
+    asked = Asked("12GiB", "8GiB")
+    assert [asked.next(), asked.next()] == ["12GiB", "8GiB"]
+    asked.budgets.tell(found("12GiB", "11GiB", image_s=1.0, warmup_s=1.0))
+    asked.budgets.tell(found("8GiB", "7GiB", image_s=image_s, warmup_s=warmup_s))
+    assert budgets_of(asked) == [("12GiB", 12, 1.0), ("8GiB", 8, image_s)]
+
+
+def test_what_another_found_raised_is_not_known_where_it_was_not_tried() -> None:
+    """A budget that its planner lost begins with what was tried for more memory."""
+    asked = Asked("12GiB", "8GiB", "6GiB")
+    goals = [asked.budgets.next() for _ in range(3)]
+    assert goals[1] is not None
+    asked.budgets.tell(found("6GiB", "5GiB", image_s=1.0))
+    asked.budgets.tell(found("12GiB", "11GiB", image_s=2.0))
+    asked.budgets.put_back(goals[1])
+    known = asked.budgets.after(goals[1])
+    assert known is not None
+    assert known.profile.measured.image_s == 2.0
 
 
 def test_below_the_smallest_that_works_nothing_is_searched_for() -> None:
@@ -614,6 +667,22 @@ def test_a_search_that_failed_is_a_fault_and_not_a_budget_too_small(
         told.check()
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == "6GB: nothing fits\n8GB: every trial failed [x]\n"
+
+
+def test_what_another_budget_found_is_shown_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+    told = Found(Console(stderr=True, width=200))
+    budgets = Budgets([Goal("12GiB"), Goal("6GiB")], 20, told.add)
+    budgets.tell(found("12GiB", "11GiB", image_s=3.0))
+    budgets.tell(found("6GiB", "5GiB", image_s=2.0))
+    rows = [line.split() for line in told.table().splitlines()[1:]]
+    assert [(row[0], " ".join(row[1:3])) for row in rows] == [("12GiB", "2 s"), ("6GiB", "2 s")]
+    profiles = [store.load(row[-1]) for row in rows]
+    assert [(p.budget_bytes // GIB, p.measured.image_s) for p in profiles] == [(12, 2.0), (6, 2.0)]
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "faster" in line)
+    assert said == f"12GiB: the plan for less memory is faster: profile {rows[0][-1]}"
 
 
 def test_an_answer_comes_whole_from_another_process() -> None:
