@@ -5,9 +5,10 @@
 
 The lines come from record_trials.py, whose cases are the golden trials, and record_matrix.py; of a
 case that one card recorded more than once the last line counts, but a golden one is never replaced
-by the matrix's, which is searched for less long. Where the matrix has a clearly faster plan for
-less memory, that is shipped, as `autofit plan` does. A line with a random sample is for the tests
-alone. Where nothing fits, the smallest budget that works goes to `profiles/too_small.json`.
+by the matrix's, which is searched for less long. Where a plan for less memory is clearly faster
+than the matrix's, it is shipped for more too, as `autofit plan` does. A line with a random sample
+is for the tests alone. Where nothing fits, the smallest budget that works goes to
+`profiles/too_small.json`.
 `--check` writes nothing and fails if README's tables are not what the profiles say.
 """
 
@@ -47,19 +48,19 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    lines = latest(options.results)
-    for line in lines:
-        write(line, lines)
+    for line in latest(options.results):
+        write(line)
+    if options.results:
+        take_over()
     note_too_small(options.results)
     publish(README, BEGIN, tables(), END, check=options.check)
 
 
 def latest(paths: list[Path]) -> list[dict[str, Any]]:
     """The last successful line of each case and card, and the last with a sample."""
-    golden = {path.name.removesuffix(".json.gz") for path in (GOLDEN / "trials").glob("*")}
-    found = {}
+    found, searched_longer = {}, golden()
     for line in read(paths):
-        if line["found"] is None or (of_matrix(line) and name(line) in golden):
+        if line["found"] is None or (of_matrix(line) and name(line) in searched_longer):
             continue
         found[name(line), "sampled" in line] = line
     return list(found.values())
@@ -101,10 +102,10 @@ def card(device: str) -> str:
     return "-".join(words[: 1 + (words[0] in ("RTX", "GTX"))])
 
 
-def write(line: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def write(line: dict[str, Any]) -> None:
     found = line["found"]
     if "sampled" not in line:
-        store.save(fastest(line, lines), PROFILES / f"{name(line)}.yaml")
+        store.save(as_profile(found["profile"]), PROFILES / f"{name(line)}.yaml")
     if of_matrix(line) or line["case"] not in map(asdict, CASES):
         return
     golden = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
@@ -116,20 +117,17 @@ def write(line: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     target.write_bytes(gzip.compress(json.dumps(golden).encode(), mtime=0))
 
 
-def fastest(line: dict[str, Any], lines: list[dict[str, Any]]) -> Profile:
-    """The profile of a line; of one of the matrix, that for less memory if it is clearly faster."""
-    best = as_profile(line["found"]["profile"])
-    budget_bytes = best.budget_bytes
-    for other in lines if of_matrix(line) else []:
-        asked = line["case"] | {"budget": other["case"]["budget"]}
-        if name(line | {"case": asked}) != name(other):
-            continue
-        leaner = as_profile(other["found"]["profile"])
-        if leaner.budget_bytes < budget_bytes and is_clearly_faster(
-            leaner.measured, best.measured, Effort.images
-        ):
-            best = replace(leaner, budget_bytes=budget_bytes)
-    return best
+def take_over() -> None:
+    """Where a plan for less memory is clearly faster, it is also that for more."""
+    paths = shipped()
+    for path in [p for p in paths if p.stem not in golden()]:
+        profile = store.load(path)
+        for other in [store.load(p) for p in paths if row_of(p) == row_of(path)]:
+            measured = other.measured, profile.measured
+            leaner = other.budget_bytes < profile.budget_bytes
+            if leaner and is_clearly_faster(*measured, Effort.images):
+                profile = replace(other, budget_bytes=profile.budget_bytes)
+                store.save(profile, path)
 
 
 def as_profile(data: dict[str, Any]) -> Profile:
@@ -161,11 +159,20 @@ def basis_of(data: dict[str, Any]) -> cost.Basis:
 
 def tables() -> str:
     """The golden cases with their plans, and all sizes and budgets of each model that has more."""
-    paths = sorted(PROFILES.glob("*.yaml"), key=lambda p: p.name)
-    golden = {p.name.removesuffix(".json.gz") for p in (GOLDEN / "trials").glob("*.json.gz")}
-    more = {row_of(path) for path in paths if path.stem not in golden}
+    paths, searched_longer = shipped(), golden()
+    more = {row_of(path) for path in paths if path.stem not in searched_longer}
     others = [path for path in paths if row_of(path) in more]
-    return table([p for p in paths if p.stem in golden]) + ("\n" + matrix(others) if others else "")
+    first = table([path for path in paths if path.stem in searched_longer])
+    return first + ("\n" + matrix(others) if others else "")
+
+
+def shipped() -> list[Path]:
+    return sorted(PROFILES.glob("*.yaml"), key=lambda path: path.name)
+
+
+def golden() -> set[str]:
+    """The names of the cases whose trials are kept."""
+    return {path.name.removesuffix(".json.gz") for path in (GOLDEN / "trials").glob("*.json.gz")}
 
 
 def row_of(path: Path) -> tuple[str, str, str]:
@@ -184,12 +191,16 @@ def matrix(paths: list[Path]) -> str:
     columns = sorted({p.budget_bytes for found in rows.values() for p in found})
     heads = ["model, size, steps", "card", *(f"{b / GIB:g} GiB" for b in columns), "smallest"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (model, works, on), found in rows.items():
+    for (model, works, on), found in sorted(rows.items(), key=lambda row: by_size(*row[1])):
         least_bytes = smallest.get(f"{model}--{works}")
         told = f"{least_bytes / GIB:.2f} GiB" if least_bytes else ""
         what = f"{model} {works.replace('-', ', ').replace('steps', '')}"
         lines.append(f"| {' | '.join([what, on, *(cell(found, b) for b in columns), told])} |")
     return "\n".join(lines) + "\n"
+
+
+def by_size(first: Profile, *_: Profile) -> tuple[str, int]:
+    return first.pipeline, first.workload.width * first.workload.height
 
 
 def cell(found: list[Profile], budget_bytes: int) -> str:

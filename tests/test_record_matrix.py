@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import math
@@ -15,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import samples
 
-from autofit import session
+from autofit import session, store
 from autofit.architectures import ARCHITECTURES
 from autofit.spec import Failure, Outcome, Slot
 from autofit.trial import Request, Worker
@@ -164,25 +164,34 @@ def test_a_golden_case_is_not_replaced(
     assert [make.name(line) for line in make.latest([results])] == names[1:]
 
 
-def test_a_clearly_faster_plan_for_less_memory_is_shipped(
-    lines: list[Line], monkeypatch: pytest.MonkeyPatch
+def test_a_clearly_faster_plan_for_less_memory_is_shipped_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     make = importlib.import_module("make_profiles")
-    large, small = (copy.deepcopy(next(x for x in lines if x["found"])) for _ in range(2))
-    for line, budget, image_s in ((large, 8 * GIB, 1.0), (small, 6 * GIB, 0.98)):
-        line["case"]["budget"] = f"{budget // GIB}GiB"
-        line["found"]["profile"]["budget_bytes"] = budget
-        line["found"]["profile"]["measured"]["image_s"] = image_s
-    for both in ([large, small], [small, large]):
-        shipped = [make.fastest(line, both) for line in (large, small)]
-        told = [(p.budget_bytes // GIB, p.measured.image_s) for p in shipped]
-        assert told == [(8, 0.98), (6, 0.98)]
-    small["found"]["profile"]["measured"]["image_s"] = 0.99
-    assert make.fastest(large, [large, small]).measured.image_s == 1.0
-    small["found"]["profile"]["measured"]["image_s"] = 0.9
-    small["case"]["size"] = "64x96"
-    assert make.fastest(large, [large, small]).measured.image_s == 1.0
+    (tmp_path / "trials").mkdir()
+    for name in ("PROFILES", "GOLDEN"):
+        monkeypatch.setattr(make, name, tmp_path)
+
+    def shipped(**by_name: float) -> list[tuple[int, float]]:
+        """Budgets in GiB and seconds, of profiles with these seconds."""
+        for path in tmp_path.glob("*.yaml"):
+            path.unlink()
+        for name, image_s in by_name.items():
+            made = samples.profile(measured=samples.measurement(image_s=image_s))
+            budget = int(name.split("__")[1].removesuffix("GiB"))
+            path = tmp_path / f"{name.replace('__', '--H100--')}--64x64-2steps.yaml"
+            store.save(replace(made, budget_bytes=budget * GIB), path)
+        make.take_over()
+        found = map(store.load, sorted(tmp_path.glob("*.yaml")))
+        return [(profile.budget_bytes // GIB, profile.measured.image_s) for profile in found]
+
+    assert shipped(sd__8GiB=1.0, sd__6GiB=0.98) == [(6, 0.98), (8, 0.98)]
+    assert shipped(sd__8GiB=1.0, sd__6GiB=0.99) == [(6, 0.99), (8, 1.0)]
+    assert shipped(sd__6GiB=1.0, sd__8GiB=0.9) == [(6, 1.0), (8, 0.9)]
+    assert shipped(sd__8GiB=1.0, xl__6GiB=0.9) == [(8, 1.0), (6, 0.9)]
+    (tmp_path / "trials" / "sd--H100--8GiB--64x64-2steps.json.gz").touch()
+    assert shipped(sd__8GiB=1.0, sd__6GiB=0.98) == [(6, 0.98), (8, 1.0)]
 
 
 def test_profiles_are_shipped_and_shown(
