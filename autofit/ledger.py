@@ -63,11 +63,13 @@ class Ledger:
         for trial in self._trials():
             if trial.number in self._known:
                 continue
-            if trial.state.is_finished():
+            alive = self._is_alive(trial)
+            # One that died once its outcome was kept lacks its end only.
+            if trial.state.is_finished() or ("outcome" in trial.user_attrs and not alive):
                 self._known.add(trial.number)
                 if (attempt := self.sampler.recall(trial)) is not None:
                     new.append((trial.number, attempt))
-            elif self._is_alive(trial):
+            elif alive:
                 running.append(trial)
         self.sampler.hold(running)
         return new

@@ -126,6 +126,13 @@ KILLED = """
 with opened({where!r}, "killed").claimed(PLANS[0]):
     said("at it")
 """
+ENDING = """
+from autofit.spec import Attempt
+mine = opened({where!r}, "killed")
+with mine.claimed(PLANS[0]) as trial:
+    trial.study.tell = lambda *_, **__: said("kept")
+    mine.tell(trial, Attempt(PLANS[0], World(gib(6)).measure(PLANS[0], None)))
+"""
 SHARING = """
 world = Slow(gib(6))
 said("ready")
@@ -410,6 +417,27 @@ def test_in_a_database_a_search_does_what_a_killed_one_was_at(postgres: str) -> 
     found = part_of(world, postgres, "left")
     assert world.calls[0].label == left
     assert best_s(found) == best_s(search(TASK, World(gib(6)).measure))
+
+
+def test_what_a_killed_process_had_kept_is_known(tmp_path: Path) -> None:
+    """Though it had not ended the trial: it is measured once, and nobody waits for its end."""
+    where = tmp_path / "study"
+    with Other(ENDING, where) as other:
+        assert other.hear() == ["kept"]
+        mine = opened(where, "killed")
+        assert mine.others_at_work
+        assert mine.catch_up() == []
+        other.kill()
+        ((number, known),) = mine.catch_up()
+        assert (number, known.plan) == (0, PLANS[0])
+        assert not mine.others_at_work
+    world = World(gib(6))
+    found = search(
+        TASK, world.measure, storage=stored(where), name="killed", limits=Limits(trials=2),
+        first=PLANS[:2],
+    )  # fmt: skip
+    assert world.calls[0] == PLANS[1]
+    assert known in found.attempts
 
 
 def test_of_a_study_in_a_database_everything_is_forgotten_when_asked(postgres: str) -> None:
