@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from autofit import commands, host, report, session, team
+from autofit.child import Child
 from autofit.commands import Listeners
 from autofit.foresight import Foresight
 from autofit.goals import Goal, too_little
@@ -35,8 +36,10 @@ def plan(
     dtype: str | None,
     as_json: bool,
     workers: int = 1,
+    child: Child | None = None,
 ) -> None:
     """Plan goals that differ in their budgets only; a profile is kept as soon as it is found.
+    ``child`` is the process of the only worker, where it runs already.
 
     Raises:
         NothingFits: there is a budget without a plan. The others are shown.
@@ -62,7 +65,7 @@ def plan(
         console.print(f"loading {model} on {', '.join(devices)}", markup=False)
         foresight = Foresight(model, goals[0], target, dtype)
         if len(asks) == 1:
-            _one_by_one(asks[0], budgets, foresight, listeners)
+            _one_by_one(asks[0], child, budgets, foresight, listeners)
         else:
             with closing(_Crew(asks, budgets, listeners, console)) as crew:
                 foresight.wait()  # else each would make its own
@@ -71,9 +74,13 @@ def plan(
 
 
 def _one_by_one(
-    ask: team.Ask, budgets: Budgets, foresight: Foresight, listeners: Listeners
+    ask: team.Ask,
+    child: Child | None,
+    budgets: Budgets,
+    foresight: Foresight,
+    listeners: Listeners,
 ) -> None:
-    with session.measuring(ask.model, ask.device, ask.dtype) as measurer:
+    with session.measuring(ask.model, ask.device, ask.dtype, child) as measurer:
         while (goal := budgets.next()) is not None:
             answer = answered(
                 measurer,

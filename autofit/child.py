@@ -11,8 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
+
+from autofit import host
 
 CRASH_S = 1.0  # for one that crashed to be gone, with an exit code of its own
 
@@ -21,6 +24,7 @@ class Child:
     """Answers at the other end of ``connection`` (``trial/worker.py``)."""
 
     def __init__(self) -> None:
+        self._ended: tuple[int, str] | None = None
         self.connection, theirs = Pipe()
         read_life, self._life = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed at its end
@@ -36,13 +40,18 @@ class Child:
             )
         os.close(read_life)
 
-    def end(self) -> tuple[int, str]:
+    def end(self, wait_s: float = CRASH_S) -> tuple[int, str]:
         """End it, with the compilers that it may have started, and wait for it. Returns its exit
-        code and its last words."""
+        code and its last words, also a second time."""
+        if self._ended is None:
+            self._ended = self._killed(wait_s)
+        return self._ended
+
+    def _killed(self, wait_s: float) -> tuple[int, str]:
         self.connection.close()
         os.close(self._life)
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(CRASH_S)
+            self.process.wait(wait_s)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
@@ -51,3 +60,18 @@ class Child:
             log.seek(max(0, log.tell() - 2000))
             lines = log.read().decode(errors="replace").strip().splitlines()
         return code, lines[-1][:300] if lines else ""
+
+
+@contextmanager
+def begun(host_ram_bytes: int | None, workers: int) -> Iterator[Child | None]:
+    """A worker's process that loads torch while this one does, if this one has yet to; one that
+    nobody has taken by the end is killed. ``workers``: how many will divide the cores."""
+    if "torch" in sys.modules:
+        yield None
+        return
+    with host.granted(host_ram_bytes), host.shared(workers):
+        child = Child()
+    try:
+        yield child
+    finally:
+        child.end(0)

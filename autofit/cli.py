@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from autofit import __version__, shelf, units
+from autofit import __version__, child, shelf, units
 from autofit.interrupts import INTERRUPTED
 from autofit.spec import AutofitError, BadInput
 
@@ -159,18 +160,22 @@ def plan(
         )
         predicting.predict(model, asked, gpu, device, dtype, output, as_json)
         return
-    from autofit import commands, planner
+    is_list = budget is not None and "," in budget
+    texts = _listed(str(budget), output) if is_list else [budget] if budget is not None else []
+    wanted = [goal_of(text, size) for text in texts]
+    granted = None if host_ram is None else goals.size_bytes("host_ram", host_ram)
+    own = nullcontext() if is_list and others > 1 else child.begun(granted, others)
+    with own as worker:
+        from autofit import commands, planner
 
-    if budget is not None and "," in budget:
-        from autofit.budgets import plan as plan_each
-
-        wanted = [goal_of(text, size) for text in _listed(budget, output)]
         effort = planner.Effort(**searched, storage=storage, fresh=fresh)
-        plan_each(model, wanted, effort, device, dtype, as_json, others)
-        return
-    goal = goal_of(commands.whole_card(device) if budget is None else budget, size)
-    effort = planner.Effort(**searched, storage=storage, fresh=fresh)
-    commands.plan(model, goal, effort, device, dtype, output, as_json, others)
+        if is_list:
+            from autofit.budgets import plan as plan_each
+
+            plan_each(model, wanted, effort, device, dtype, as_json, others, worker)
+            return
+        goal = wanted[0] if wanted else goal_of(commands.whole_card(device), size)
+        commands.plan(model, goal, effort, device, dtype, output, as_json, others, worker)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autofit import architectures, gpus, host, outlook, report, session, store, tables, team
+from autofit.child import Child
 from autofit.foresight import Foresight
 from autofit.goals import Goal
 from autofit.planner import RESUMES, Effort, Interrupted, Listener, Planned, find_plan
@@ -40,7 +41,9 @@ def plan(
     output: Path | None,
     as_json: bool,
     workers: int = 1,
+    child: Child | None = None,
 ) -> None:
+    """``child`` is the process of the first worker, where it runs already."""
     console = stderr_console()
     target = device or session.default_device()
     # Found out before the model is loaded; not probed, which would take memory from the worker's.
@@ -62,7 +65,7 @@ def plan(
                 listener.stage(NO_CARD)
             listener.stage(f"loading {model} in {'workers' if others else 'a worker'} on {target}")
             foresight = Foresight(model, goal, target, dtype)
-            with session.measuring(model, target, dtype) as measurer:
+            with session.measuring(model, target, dtype, child) as measurer:
                 planned = find_plan(
                     measurer,
                     goal,
