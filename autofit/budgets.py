@@ -24,7 +24,7 @@ from autofit.planner import Answer, Effort, Interrupted, Listener, Planned, answ
 from autofit.probe import device_named
 from autofit.sampler import is_clearly_faster, objective_s
 from autofit.search import Progress
-from autofit.spec import AutofitError, BadInput, NothingFits
+from autofit.spec import AutofitError, BadInput, NothingFits, Plan
 from autofit.units import format_bytes, format_seconds
 
 
@@ -255,19 +255,23 @@ class Budgets:
                 self._heard(new)
 
     def _bettered(self, answer: Answer) -> Answer | None:
-        """One with the fastest plan that fits the budget, where its own is clearly slower."""
-        room_bytes = answer.goal.budget_bytes
+        """One with the fastest plan that fits the budget, and the trials of the search that found
+        it, where its own is clearly slower. What failed stays a fault."""
+        own, room_bytes = answer.planned, answer.goal.budget_bytes
+        if own is None:
+            return None
         every = [a.planned for a in self._answers if a.planned is not None]
         fits = [p for p in every if p.profile.measured.peak_bytes <= room_bytes]
-        if answer.planned is None or not fits:
+        better = [p for p in fits if self._is_clearly_faster(p, own)]
+        if not better:
             return None
-        best = min(fits, key=self._order)
-        pair = best.profile.measured, answer.planned.profile.measured
-        if not is_clearly_faster(*pair, self._images):
-            return None
+        best = min(better, key=self._order)
         raised_bytes = max(best.profile.budget_bytes, room_bytes)
         profile = replace(best.profile, budget_bytes=raised_bytes)
         return replace(answer, planned=replace(best, profile=profile))
+
+    def _is_clearly_faster(self, one: Planned, other: Planned) -> bool:
+        return is_clearly_faster(one.profile.measured, other.profile.measured, self._images)
 
     def _order(self, planned: Planned) -> tuple[float, int]:
         """The fastest first; of one plan the profile for the largest budget."""
@@ -322,7 +326,7 @@ class Found:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._answers: list[Answer] = []
-        self._paths: dict[int, Path] = {}  # by the budget that was planned for
+        self._paths: dict[tuple[int, Plan], Path] = {}  # by the budget that it is kept for
         self._unkept: BadInput | None = None
 
     def add(self, answer: Answer) -> None:
@@ -342,7 +346,8 @@ class Found:
             self._say(answer, f"{taken}profile {self._path(planned)}")
         else:
             peak = format_bytes(planned.profile.measured.peak_bytes)
-            self._say(answer, f"the plan for {self._asked(planned)} needs {peak} only: it serves")
+            holder = self._holder(planned) or "more memory"
+            self._say(answer, f"the plan for {holder} needs {peak} only: it serves")
 
     @contextmanager
     def told(self, as_json: bool) -> Iterator[None]:
@@ -400,8 +405,8 @@ class Found:
         if planned is None:
             return _name(answer.goal), "-", "-", str(answer.error), ""
         measured, text = planned.profile.measured, report.plan_text(planned.profile.plan)
-        if _is_served(answer, planned):
-            text += f", as for {self._asked(planned)}"
+        if _is_served(answer, planned) and (holder := self._holder(planned)):
+            text += f", as for {holder}"
         seconds, peak = format_seconds(measured.image_s), format_bytes(measured.peak_bytes)
         return _name(answer.goal), seconds, peak, text, str(self._path(planned) or "-")
 
@@ -415,20 +420,25 @@ class Found:
 
     def _keep(self, planned: Planned) -> None:
         try:
-            self._paths[planned.profile.budget_bytes] = session.keep(planned)
+            self._paths[_key(planned)] = session.keep(planned)
         except BadInput as error:  # a disk that is full by now: the other budgets are planned
             self._unkept = error
 
     def _path(self, planned: Planned) -> Path | None:
-        return self._paths.get(planned.profile.budget_bytes)
+        return self._paths.get(_key(planned))
 
-    def _asked(self, planned: Planned) -> str:
-        """The budget that a plan was made for, as it was written."""
-        asked = planned.profile.budget_bytes
-        return next(_name(a.goal) for a in self._answers if a.goal.budget_bytes == asked)
+    def _holder(self, planned: Planned) -> str | None:
+        """The budget, as it was written, that a plan is kept for; None where that has another."""
+        holders = (a for a in self._answers if a.planned and not _is_served(a, a.planned))
+        same = (a for a in holders if a.planned and _key(a.planned) == _key(planned))
+        return next((_name(a.goal) for a in same), None)
 
     def _say(self, answer: Answer, text: str) -> None:
         self._console.print(f"{_head(answer.goal)}{text}", markup=False, soft_wrap=True)
+
+
+def _key(planned: Planned) -> tuple[int, Plan]:
+    return planned.profile.budget_bytes, planned.profile.plan
 
 
 def _is_served(answer: Answer, planned: Planned) -> bool:

@@ -26,7 +26,8 @@ class Child:
     def __init__(self) -> None:
         self._ended: tuple[int, str] | None = None
         self.connection, theirs = Pipe()
-        read_life, self._life = os.pipe()
+        read_life, write_life = os.pipe()
+        self._life: int | None = write_life
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed at its end
         with theirs:
             self.process = subprocess.Popen(
@@ -42,14 +43,16 @@ class Child:
 
     def end(self, wait_s: float = CRASH_S) -> tuple[int, str]:
         """End it, with the compilers that it may have started, and wait for it. Returns its exit
-        code and its last words, also a second time."""
+        code and its last words, also a second time, and after a first that was interrupted."""
         if self._ended is None:
             self._ended = self._killed(wait_s)
         return self._ended
 
     def _killed(self, wait_s: float) -> tuple[int, str]:
         self.connection.close()
-        os.close(self._life)
+        life, self._life = self._life, None
+        if life is not None:
+            os.close(life)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(wait_s)
         with suppress(ProcessLookupError):

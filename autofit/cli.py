@@ -15,6 +15,7 @@ import signal
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,21 +161,22 @@ def plan(
         )
         predicting.predict(model, asked, gpu, device, dtype, output, as_json)
         return
-    is_list = budget is not None and "," in budget
-    texts = _listed(str(budget), output) if is_list else [budget] if budget is not None else []
-    wanted = [goal_of(text, size) for text in texts]
-    granted = None if host_ram is None else goals.size_bytes("host_ram", host_ram)
-    own = nullcontext() if is_list and others > 1 else child.begun(granted, others)
+    texts = [] if budget is None else _listed(budget, output) if "," in budget else [budget]
+    # Without a budget it is the card's, which is not known yet; all else is checked now.
+    wanted = [goal_of(text, size) for text in texts] or [goal_of(1, size)]
+    several = len(wanted) > 1
+    host_ram_bytes = wanted[0].host_ram_bytes
+    own = nullcontext() if several and others > 1 else child.begun(host_ram_bytes, others)
     with own as worker:
         from autofit import commands, planner
 
         effort = planner.Effort(**searched, storage=storage, fresh=fresh)
-        if is_list:
+        if several:
             from autofit.budgets import plan as plan_each
 
             plan_each(model, wanted, effort, device, dtype, as_json, others, worker)
             return
-        goal = wanted[0] if wanted else goal_of(commands.whole_card(device), size)
+        goal = wanted[0] if texts else replace(wanted[0], budget=commands.whole_card(device))
         commands.plan(model, goal, effort, device, dtype, output, as_json, others, worker)
 
 

@@ -34,9 +34,9 @@ class Goal:
     host_ram: str | int | None = None
 
     def __post_init__(self) -> None:
-        size_bytes("budget", self.budget)
+        _size_bytes("budget", self.budget)
         if self.host_ram is not None:
-            size_bytes("host_ram", self.host_ram)
+            _size_bytes("host_ram", self.host_ram)
         fidelity_named(self.fidelity)
         if self.size is not None and not _is_pair(self.size):
             raise BadInput(f"size {self.size!r}: give (width, height) in pixels, as (1024, 1024)")
@@ -50,11 +50,11 @@ class Goal:
 
     @property
     def budget_bytes(self) -> int:
-        return size_bytes("budget", self.budget)
+        return _size_bytes("budget", self.budget)
 
     @property
     def host_ram_bytes(self) -> int | None:
-        return None if self.host_ram is None else size_bytes("host_ram", self.host_ram)
+        return None if self.host_ram is None else _size_bytes("host_ram", self.host_ram)
 
     def hosted(self, device: Device) -> Device:
         """The device with no more host memory than is asked for."""
@@ -121,7 +121,7 @@ def _check_count(name: str, count: Any) -> None:
         raise BadInput(f"{name} {count} is above {MOST}; write for example --{name} 1")
 
 
-def size_bytes(name: str, size: str | int) -> int:
+def _size_bytes(name: str, size: str | int) -> int:
     if isinstance(size, str):
         return parse_size(size, name)
     if not isinstance(size, int):

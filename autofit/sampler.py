@@ -48,8 +48,8 @@ MIN_GAIN = 0.025  # a plan must be predicted this much faster than the best to b
 # of tests/golden at most three failed before a gain; as many as seven did at the end.
 PATIENCE = 5
 MAX_NEW = 1  # changes of a phase at a time: what changed is then what made the difference
-# Within this of the budget a plan is tried: predictions err by more. Once one has run out of memory
-# that is not completed for the budget, such plans are tried only where they are predicted nearer.
+# Within this of the budget plans are taken to fit: predictions err by more. Of those that no budget
+# completes, once one has run out of memory, only those that are predicted nearer.
 NEAR = 1.08
 HOPELESS = 8  # trials without one within the budget, the leanest among them: nothing fits
 LEANEST = 3

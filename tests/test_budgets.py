@@ -18,7 +18,7 @@ import pytest
 import worlds
 from conftest import Pipes
 from rich.console import Console
-from samples import device, measurement, profile
+from samples import FAST, SLOW, device, measurement, profile
 from test_cli import Ended, autofit
 from test_team import measured_by
 
@@ -621,6 +621,16 @@ def test_a_plan_that_is_not_clearly_faster_takes_no_budget(image_s: float, warmu
     assert budgets_of(asked) == [("12GiB", 12, 1.0), ("8GiB", 8, image_s)]
 
 
+def test_the_clearly_faster_one_is_taken_though_another_is_nearly_so() -> None:
+    """What needs no set-up is the better plan, but `apply` would take the faster."""
+    asked = Asked("16GiB", "8GiB", "6GiB")
+    assert [asked.next() for _ in range(3)] == ["16GiB", "8GiB", "6GiB"]
+    asked.budgets.tell(found("8GiB", "7GiB", image_s=0.9, warmup_s=4.0))
+    asked.budgets.tell(found("6GiB", "5GiB", image_s=0.99, warmup_s=0.1))
+    asked.budgets.tell(found("16GiB", "15GiB", image_s=1.0, warmup_s=4.0))
+    assert budgets_of(asked)[-1] == ("16GiB", 16, 0.9)
+
+
 def test_what_another_found_raised_is_not_known_where_it_was_not_tried() -> None:
     """A budget that its planner lost begins with what was tried for more memory."""
     asked = Asked("12GiB", "8GiB", "6GiB")
@@ -683,6 +693,50 @@ def test_what_another_budget_found_is_shown_and_kept(
     assert [(p.budget_bytes // GIB, p.measured.image_s) for p in profiles] == [(12, 2.0), (6, 2.0)]
     (said,) = (line for line in capsys.readouterr().err.splitlines() if "faster" in line)
     assert said == f"12GiB: the plan for less memory is faster: profile {rows[0][-1]}"
+
+
+def test_who_serves_is_named_while_it_is_the_plan_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the file that is shown has the plan that is shown."""
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+    told = Found(Console(stderr=True, width=200))
+    budgets = Budgets([Goal(budget) for budget in ("16GiB", "12GiB", "8GiB")], 20, told.add)
+    assert [budgets.next() for _ in range(2)]
+    budgets.tell(found("16GiB", "7GiB", image_s=1.2))
+    assert budgets.next() is None
+    assert told.table().splitlines()[2].split()[0] == "8GiB"
+    assert ", as for 16GiB" in told.table().splitlines()[2]
+    late = found("12GiB", "11GiB", image_s=1.0)
+    assert late.planned is not None
+    other = replace(late.planned, profile=replace(late.planned.profile, plan=SLOW))
+    budgets.tell(replace(late, planned=other))
+    rows = told.table().splitlines()[1:]
+    shown = [store.load(row.split()[-1]) for row in rows]
+    assert [(p.budget_bytes // GIB, p.plan) for p in shown] == [(16, SLOW), (12, SLOW), (16, FAST)]
+    assert ["as for" in row for row in rows] == [False, False, False]
+    assert "8GiB: the plan for 16GiB needs 7.00 GiB only: it serves" in capsys.readouterr().err
+
+
+def test_of_a_better_plan_that_cannot_be_kept_no_file_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOFIT_HOME", str(tmp_path))
+    told = Found(Console(stderr=True, width=200))
+    budgets = Budgets([Goal("12GiB"), Goal("6GiB")], 20, told.add)
+    budgets.tell(found("12GiB", "11GiB", image_s=3.0))
+
+    def full(planned: Planned) -> Path:
+        raise BadInput("no room")
+
+    monkeypatch.setattr(session, "keep", full)
+    late = found("6GiB", "5GiB", image_s=2.0)
+    assert late.planned is not None
+    other = replace(late.planned, profile=replace(late.planned.profile, plan=SLOW))
+    budgets.tell(replace(late, planned=other))
+    assert [entry["path"] for entry in told.entries()] == [None, None]
+    with pytest.raises(BadInput, match="no room"):
+        told.check()
 
 
 def test_an_answer_comes_whole_from_another_process() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -74,8 +73,28 @@ def test_where_torch_is_loaded_nothing_is_gained() -> None:
         assert none is None
 
 
-def test_what_it_ended_with_is_told_again() -> None:
-    one = child.Child()
-    start = time.monotonic()
+def test_what_it_ended_with_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, waited = child.Child(), []
+    wait = one.process.wait
+
+    def noted(timeout: float | None = None) -> int:
+        waited.append(timeout)
+        return wait(timeout)
+
+    monkeypatch.setattr(one.process, "wait", noted)
     assert one.end(0) == one.end() == (-9, "")
-    assert time.monotonic() - start < child.CRASH_S
+    assert waited == [0, None]  # it has not loaded torch yet: killed at once
+
+
+def test_an_end_that_was_interrupted_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = child.Child()
+
+    def interrupted(timeout: float | None = None) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.process, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.end()
+    assert one.end(0)[1] == ""
+    assert not psutil.pid_exists(one.process.pid)

@@ -187,6 +187,7 @@ def test_a_clearly_faster_plan_for_less_memory_is_shipped_for_more(
         return [(profile.budget_bytes // GIB, profile.measured.image_s) for profile in found]
 
     assert shipped(sd__8GiB=1.0, sd__6GiB=0.98) == [(6, 0.98), (8, 0.98)]
+    assert shipped(sd__8GiB=1.0, sd__4GiB=0.98, sd__6GiB=0.97)[-1] == (8, 0.97)
     assert shipped(sd__8GiB=1.0, sd__6GiB=0.99) == [(6, 0.99), (8, 1.0)]
     assert shipped(sd__6GiB=1.0, sd__8GiB=0.9) == [(6, 1.0), (8, 0.9)]
     assert shipped(sd__8GiB=1.0, xl__6GiB=0.9) == [(8, 1.0), (6, 0.9)]

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,29 @@ def test_a_phase_that_ran_out_of_memory_is_not_run_so_again() -> None:
         ran_out.add((attempt.outcome.phase.value, *key))
     assert ranking(found.attempts, task(gib(0.7))) == []
     assert found.leanest
+
+
+def ran_out_at(budget_bytes: int) -> list[float]:
+    """What plans that the budget does not complete were predicted to need, in budgets, in a world
+    where none of them fits."""
+    world, sampler = World(budget_bytes), PlanSampler(task(budget_bytes))
+    ratios = []
+    while (plan := sampler.propose()) is not None:
+        outcome = world.measure(plan, None)
+        if not opened(plan).placement.is_open:
+            predicted_bytes = sampler._surrogate.peak_bytes()[sampler.number(plan)]
+            ratios.append(float(predicted_bytes / budget_bytes))
+            outcome = Failure(Why.OUT_OF_MEMORY, "Tried to allocate", Phase.DECODE)
+        sampler.learn(plan, outcome)
+    return ratios
+
+
+def test_once_a_plan_near_the_budget_ran_out_of_memory_only_nearer_ones_are_tried() -> None:
+    runs = [ran_out_at(gib(size)) for size in (7.5, 8, 8.5, 9, 11, 12)]
+    assert max(run[0] for run in runs) > 1.05
+    assert len(list(chain(*runs))) > len(runs)
+    for run in runs:
+        assert all(ratio <= max(1.0, min(run[:i])) for i, ratio in enumerate(run) if i)
 
 
 def test_resumes_where_an_interrupt_left_it(tmp_path: Path) -> None:
