@@ -7,7 +7,7 @@ not begun, in a process of its own; where all are begun, it helps to search for 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +22,9 @@ from autofit.foresight import Foresight
 from autofit.goals import Goal, too_little
 from autofit.planner import Answer, Effort, Interrupted, Listener, Planned, answered
 from autofit.probe import device_named
-from autofit.sampler import is_clearly_faster, objective_s
+from autofit.sampler import clearly_faster
 from autofit.search import Progress
-from autofit.spec import AutofitError, BadInput, NothingFits, Plan
+from autofit.spec import AutofitError, BadInput, Measurement, NothingFits, Plan
 from autofit.units import format_bytes, format_seconds
 
 
@@ -229,7 +229,7 @@ class Budgets:
         different = {goal.budget_bytes: goal for goal in reversed(goals)}
         self.waiting = [different[size_bytes] for size_bytes in sorted(different, reverse=True)]
         self._images, self._heard = images, heard
-        self._answers: list[Answer] = []
+        self._answers: dict[int, Answer] = {}  # by the budget
         self._told: list[Planned] = []  # for what they were searched for
         self._begun: set[int] = set()  # by one who could not end it
 
@@ -244,14 +244,14 @@ class Budgets:
         return None
 
     def tell(self, answer: Answer) -> None:
-        self._answers.append(answer)
+        self._answers[answer.goal.budget_bytes] = answer
         if answer.planned is not None:
             self._told.append(answer.planned)
         self._heard(answer)
-        for old in sorted(self._answers, key=lambda a: a.goal.budget_bytes, reverse=True):
-            new = self._bettered(old)
+        for budget_bytes in sorted(self._answers, reverse=True):
+            new = self._bettered(self._answers[budget_bytes])
             if new is not None:
-                self._answers[self._answers.index(old)] = new
+                self._answers[budget_bytes] = new
                 self._heard(new)
 
     def _bettered(self, answer: Answer) -> Answer | None:
@@ -260,23 +260,15 @@ class Budgets:
         own, room_bytes = answer.planned, answer.goal.budget_bytes
         if own is None:
             return None
-        every = [a.planned for a in self._answers if a.planned is not None]
-        fits = [p for p in every if p.profile.measured.peak_bytes <= room_bytes]
-        better = [p for p in fits if self._is_clearly_faster(p, own)]
-        if not better:
+        every = [a.planned for a in self._answers.values() if a.planned is not None]
+        fits = [p for p in every if _measured(p).peak_bytes <= room_bytes]
+        fits.sort(key=lambda p: p.profile.budget_bytes, reverse=True)  # of equals, who serves
+        best = clearly_faster(_measured(own), fits, _measured, self._images)
+        if best is None:
             return None
-        best = min(better, key=self._order)
         raised_bytes = max(best.profile.budget_bytes, room_bytes)
         profile = replace(best.profile, budget_bytes=raised_bytes)
         return replace(answer, planned=replace(best, profile=profile))
-
-    def _is_clearly_faster(self, one: Planned, other: Planned) -> bool:
-        return is_clearly_faster(one.profile.measured, other.profile.measured, self._images)
-
-    def _order(self, planned: Planned) -> tuple[float, int]:
-        """The fastest first; of one plan the profile for the largest budget."""
-        profile = planned.profile
-        return objective_s(profile.measured, self._images), -profile.budget_bytes
 
     def put_back(self, goal: Goal) -> None:
         """One that ``next`` gave, to be given again."""
@@ -302,7 +294,7 @@ class Budgets:
         return None if best is None else Answer(goal, best)
 
     def _hopeless(self, goal: Goal) -> Answer | None:
-        smallest_bytes = _smallest_bytes(self._answers)
+        smallest_bytes = _smallest_bytes(self._answers.values())
         if goal.budget_bytes >= smallest_bytes:
             return None
         return Answer(goal, error=too_little("not tried", smallest_bytes))
@@ -311,7 +303,11 @@ class Budgets:
         return [p for p in self._told if p.profile.budget_bytes > goal.budget_bytes]
 
 
-def _smallest_bytes(answers: Sequence[Answer]) -> int:
+def _measured(planned: Planned) -> Measurement:
+    return planned.profile.measured
+
+
+def _smallest_bytes(answers: Iterable[Answer]) -> int:
     """The least that works, as far as budgets were too small to find out; else 0."""
     errors = (a.error for a in answers if isinstance(a.error, NothingFits))
     return max((error.smallest_bytes or 0 for error in errors), default=0)
@@ -325,16 +321,16 @@ class Found:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._answers: list[Answer] = []
+        self._answers: dict[int, Answer] = {}  # by the budget, the largest first
         self._paths: dict[tuple[int, Plan], Path] = {}  # by the budget that it is kept for
         self._unkept: BadInput | None = None
 
     def add(self, answer: Answer) -> None:
         """One, or another for a budget that had one."""
-        others = [a for a in self._answers if a.goal.budget_bytes != answer.goal.budget_bytes]
-        is_first = len(others) == len(self._answers)
-        self._answers = [*others, answer]
-        self._answers.sort(key=lambda a: a.goal.budget_bytes, reverse=True)
+        budget_bytes = answer.goal.budget_bytes
+        is_first = budget_bytes not in self._answers
+        answers = self._answers | {budget_bytes: answer}
+        self._answers = {size_bytes: answers[size_bytes] for size_bytes in sorted(answers)[::-1]}
         planned = answer.planned
         if planned is None:
             self._say(answer, str(answer.error))
@@ -375,7 +371,7 @@ class Found:
         """
         if self._unkept is not None:
             raise self._unkept
-        failed = [answer for answer in self._answers if answer.error is not None]
+        failed = [answer for answer in self._answers.values() if answer.error is not None]
         if not failed:
             return
         what = f"no plan for {', '.join(_name(answer.goal) for answer in failed)}"
@@ -388,11 +384,14 @@ class Found:
     def entries(self) -> list[dict[str, Any]]:
         """What ``--json`` prints: of each budget what it would print of that one alone, or why it
         has no plan. The profile may be one for a larger budget."""
-        return [self._entry(answer) for answer in self._answers]
+        return [self._entry(answer) for answer in self._answers.values()]
 
     def table(self) -> str:
         """A row a budget: its plan and where the profile is, or why there is none."""
-        rows = [("budget", "image", "peak", "plan", "profile"), *map(self._row, self._answers)]
+        rows = [
+            ("budget", "image", "peak", "plan", "profile"),
+            *map(self._row, self._answers.values()),
+        ]
         widths = [max(len(row[column]) for row in rows if row[4]) for column in range(4)]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
@@ -429,9 +428,10 @@ class Found:
 
     def _holder(self, planned: Planned) -> str | None:
         """The budget, as it was written, that a plan is kept for; None where that has another."""
-        holders = (a for a in self._answers if a.planned and not _is_served(a, a.planned))
-        same = (a for a in holders if a.planned and _key(a.planned) == _key(planned))
-        return next((_name(a.goal) for a in same), None)
+        holder = self._answers.get(planned.profile.budget_bytes)
+        if holder is None or holder.planned is None or _key(holder.planned) != _key(planned):
+            return None
+        return _name(holder.goal)
 
     def _say(self, answer: Answer, text: str) -> None:
         self._console.print(f"{_head(answer.goal)}{text}", markup=False, soft_wrap=True)

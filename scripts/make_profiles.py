@@ -31,7 +31,7 @@ from record_trials import CASES
 
 from autofit import cost, report, store
 from autofit.planner import Effort
-from autofit.sampler import is_clearly_faster, objective_s
+from autofit.sampler import clearly_faster
 from autofit.spec import Attempt, Failure, Measurement, Outcome, Phase, Plan, Profile
 from autofit.techniques import KINDS
 from autofit.units import GIB
@@ -39,7 +39,6 @@ from autofit.units import GIB
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES, GOLDEN, README = ROOT / "profiles", ROOT / "tests" / "golden", ROOT / "README.md"
 OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Measurement | Failure)
-IMAGES = Effort.images
 TOO_SMALL = PROFILES / "too_small.json"
 BEGIN, END = "<!-- profiles: made by scripts/make_profiles.py -->\n", "<!-- end of profiles -->"
 
@@ -109,25 +108,25 @@ def write(line: dict[str, Any]) -> None:
         store.save(as_profile(found["profile"]), PROFILES / f"{name(line)}.yaml")
     if of_matrix(line) or line["case"] not in map(asdict, CASES):
         return
-    golden = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
+    kept = {k: line[k] for k in ("case", "command", "sampled") if k in line} | {
         k: found[k] for k in ("profile", "trials", "pipeline", "device", "basis") if k in found
     }
     folder = GOLDEN / ("sampled" if "sampled" in line else "trials")
     target = folder / f"{name(line)}.json.gz"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(gzip.compress(json.dumps(golden).encode(), mtime=0))
+    target.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
 
 
 def take_over() -> None:
     """Where a plan for less memory is clearly faster, it is also that for more."""
-    paths = shipped()
-    for path in [p for p in paths if p.stem not in golden()]:
-        own = store.load(path)
-        alike = [store.load(p) for p in paths if row_of(p) == row_of(path)]
-        leaner = [p for p in alike if p.budget_bytes < own.budget_bytes]
-        better = [p for p in leaner if is_clearly_faster(p.measured, own.measured, IMAGES)]
-        if better:
-            best = min(better, key=lambda p: objective_s(p.measured, IMAGES))
+    profiles, searched_longer = {path: store.load(path) for path in shipped()}, golden()
+    for path, own in profiles.items():
+        if path.stem in searched_longer:
+            continue
+        alike = [profile for other, profile in profiles.items() if row_of(other) == row_of(path)]
+        leaner = [profile for profile in alike if profile.budget_bytes < own.budget_bytes]
+        best = clearly_faster(own.measured, leaner, lambda p: p.measured, Effort.images)
+        if best is not None:
             store.save(replace(best, budget_bytes=own.budget_bytes), path)
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def within(attempts: Sequence[Attempt], budget_bytes: int) -> Measurement:
 
 def test_finds_nearly_the_fastest_of_all_plans() -> None:
     """In worlds where each choice is up to a quarter better or worse than predicted. Of 64 of them
-    the mean is 1.059 after 6 trials: of 16 the mean strays by 0.016."""
+    the mean is 1.055 after 6 trials: of 16 the mean strays by 0.016."""
     regrets = []
     for budget_bytes in map(gib, (4, 6, 8, 12)):
         asked = task(budget_bytes)
@@ -75,7 +75,7 @@ def test_finds_nearly_the_fastest_of_all_plans() -> None:
             best = within(found.attempts, budget_bytes)
             regrets.append(asked.objective_s(best) / least_s)
             assert len(found.attempts) <= 25 < len(PLANS) / 20
-    assert statistics.mean(regrets) <= 1.075
+    assert statistics.mean(regrets) <= 1.07
     assert max(regrets) <= 1.25
 
 
@@ -189,12 +189,13 @@ def ran_out_at(budget_bytes: int) -> list[float]:
     return ratios
 
 
-def test_once_a_plan_near_the_budget_ran_out_of_memory_only_nearer_ones_are_tried() -> None:
+def test_once_a_plan_above_the_budget_ran_out_of_memory_only_nearer_ones_are_tried() -> None:
     runs = [ran_out_at(gib(size)) for size in (7.5, 8, 8.5, 9, 11, 12)]
     assert max(run[0] for run in runs) > 1.05
     assert len(list(chain(*runs))) > len(runs)
     for run in runs:
-        assert all(ratio <= max(1.0, min(run[:i])) for i, ratio in enumerate(run) if i)
+        above = [ratio for ratio in run if ratio > 1]
+        assert all(later < ratio for ratio, later in pairwise(above))
 
 
 def test_resumes_where_an_interrupt_left_it(tmp_path: Path) -> None:
