@@ -47,7 +47,7 @@ def planned(home: Path, *arguments: str) -> tuple[int, list[tuple[int, bool]]]:
     return ended.returncode, [(pid, was_loaded) for pid, was_loaded in made]
 
 
-@pytest.mark.parametrize("budget", ["1GiB", "1GiB,512MiB"])
+@pytest.mark.parametrize("budget", [pytest.param("1GiB", marks=pytest.mark.slow), "1GiB,512MiB"])
 def test_the_first_worker_is_started_before_torch_is_loaded(tmp_path: Path, budget: str) -> None:
     code, made = planned(tmp_path, "tiny-sd", "--budget", budget)
     assert (code, [loaded for _, loaded in made]) == (0, [False])
