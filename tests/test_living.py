@@ -518,7 +518,9 @@ def test_a_pipe_of_its_parts_may_be_made_at_any_time(made: Any, plan: Plan, pipe
     assert np.array_equal(image(early, calls=1, **arguments), plain)
 
 
-@pytest.mark.parametrize("loaded", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "loaded", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_a_vae_that_is_cast_to_decode_is_shared_too(loaded: torch.dtype) -> None:
     """It is held in float32, and to other pipes what its owner or the profile has made of it."""
     pipe = build("tiny-sdxl")

@@ -60,6 +60,7 @@ def test_predictions_are_as_near_as_promised() -> None:
         assert is_met, text
 
 
+@pytest.mark.slow
 def test_peaks_are_of_every_placement() -> None:
     lines = [line for line in predicted({"sd15"}) if line["case"] == "sd15-512x512"]
     assert {line["point"].split("/")[1] for line in lines} == set(record.PLACEMENTS)
