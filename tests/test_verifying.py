@@ -38,10 +38,6 @@ from autofit.trial import InProcess, Request
 
 GB = 10**9
 SHIPPED = sorted((Path(__file__).parent.parent / "profiles").glob("*.yaml"))
-MODELS = [  # where time is short, not the one that takes ten seconds to make
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "sd35-medium"))
-    for name in sorted({path.name.partition("--")[0] for path in SHIPPED})
-]
 WORKLOAD = Workload(64, 64, 2, passes=2)
 PLAN = Plan((KINDS["half_precision"]("bfloat16"), samples.RESIDENT))
 OFFLOAD = Plan((KINDS["sequential_offload"](),))
@@ -352,7 +348,7 @@ class TestModel:
         assert asked[-1].plan == PLAN
         assert autofit("verify", str(path), *GPU).code == 0
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", sorted({path.name.partition("--")[0] for path in SHIPPED}))
     def test_of_what_is_shipped(self, name: str) -> None:
         first, *others = [path for path in SHIPPED if path.name.startswith(f"{name}--")]
         shipped = store.load(first)
