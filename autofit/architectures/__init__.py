@@ -64,26 +64,32 @@ def build(name: str, *, dtype: str | None = None, seed: int = 0) -> Any:
         BadInput: no such architecture, a dtype that weights cannot have, or more of them than this
             host's memory holds.
     """
+    from accelerate import init_empty_weights
+
     from autofit.architectures.weights import materialize
 
     architecture, to = _asked(name, dtype)
     _check_room(architecture, to.itemsize)
-    pipe = _empty(architecture)
+    with init_empty_weights():
+        pipe = made(architecture.name)
     materialize(pipe, to, seed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def outline(name: str, *, dtype: str | None = None) -> Any:
-    """Build a built-in pipeline for its facts, in a second: its weights have no memory.
+    """Build a built-in pipeline for its facts, in a second: its weights are meta tensors.
 
     Raises:
         BadInput: no such architecture, or a dtype that weights cannot have.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from autofit.architectures.fake import made_fake
     from autofit.architectures.weights import cast
 
     architecture, to = _asked(name, dtype)
-    pipe = _empty(architecture)
+    pipe = made_fake(architecture.name, FakeTensorMode())
     cast(pipe, to)
     return pipe
 
@@ -96,13 +102,6 @@ def _asked(name: str, dtype: str | None) -> tuple[Architecture, Any]:
     if architecture is None:
         raise _unknown(name)
     return architecture, torch_dtype(dtype or architecture.dtype)
-
-
-def _empty(architecture: Architecture) -> Any:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return made(architecture.name)
 
 
 def _check_room(architecture: Architecture, element_bytes: int) -> None:

@@ -16,11 +16,10 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autofit import anatomy
-from autofit.architectures import made
 from autofit.architectures.checkpoint import torch_dtype
+from autofit.architectures.fake import made_fake
 from autofit.spec import BadInput, Role
 from autofit.techniques.precision import castable
 
@@ -37,26 +36,11 @@ class Ghost:
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
 
-class _AnyScalar(TorchDispatchMode):
-    """Answers a fake tensor's ``item()``: schedulers ask while they are built, and are built again
-    outside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        return func(*args, **(kwargs or {}))
-
-
 def builtin(name: str, dtype: str) -> Ghost:
-    """Build a built-in architecture without weights: its position tables too are fake."""
+    """Build a built-in architecture without weights."""
     torch_dtype(dtype)  # refuses what weights cannot have
     ghost = Ghost(None, dtype)
-    with ghost.mode, _AnyScalar():
-        pipe = made(name)
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    pipe = made_fake(name, ghost.mode)
     for module in anatomy.modules(pipe).values():
         module.eval()
     return Ghost(pipe, dtype, ghost.mode)
