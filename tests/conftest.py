@@ -24,19 +24,21 @@ DRIVERS = [path for path in ("/dev/nvidiactl", "/dev/dxg") if os.path.exists(pat
 DEVICES = ("cpu", *(pytest.param("cuda:0", marks=pytest.mark.gpu) for _ in DRIVERS))
 
 
-def pytest_collection_finish() -> None:
-    """What the imports left stays: half a million objects, which no collection need look through
-    again. Every trial and every profile that is reverted collects."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stays() -> None:
+    """What imports left stays: half a million objects, which no collection need look through
+    again. Every trial and every profile that is reverted collects. The files of tests import more
+    and more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

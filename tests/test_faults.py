@@ -34,6 +34,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # test_trial.py has each fault, without a study
 def test_workers_that_crash_and_hang_end_no_study_and_leave_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
