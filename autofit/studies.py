@@ -20,6 +20,8 @@ from autofit.spec import AutofitError, BadInput
 from autofit.trial.reference import Reference
 
 TRIES, WAIT_S = 4, 0.5  # to open a database whose tables others are making
+# A line takes milliseconds to write: whoever holds a journal's lock for longer was killed.
+GRACE_S = 5
 JOURNALS = (".journal", ".log")  # endings of a path that is no URL
 HEAD = b'{"op_code":'  # of a journal's lines
 EXAMPLES = "write as sqlite:///studies.db, postgresql://user@host/name or studies.journal"
@@ -100,7 +102,7 @@ class _Journal(JournalFileBackend):
     """A journal of whole lines, also where the disk had no room for the last one."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+        super().__init__(str(path), _lock(path))
         self._path = path
         data = path.read_bytes()
         if not HEAD.startswith(data[: len(HEAD)]):
@@ -125,12 +127,16 @@ def _journal(path: Path, remedy: str) -> Any:
         raise BadInput(f"study {path} is damaged ({error}): {remedy}") from error
 
 
+def _lock(journal: Path) -> JournalFileSymlinkLock:
+    return JournalFileSymlinkLock(str(journal), GRACE_S)
+
+
 def _drop_cut_line(path: Path) -> None:
     """A process killed while it wrote leaves half a line, which Optuna would append to. The lines
     before it are whole: a trial in flight is all that is lost."""
     if _whole_bytes(path) == path.stat().st_size:
         return
-    lock = JournalFileSymlinkLock(str(path))  # perhaps another process is writing it now
+    lock = _lock(path)  # perhaps another process is writing it now
     lock.acquire()
     try:
         os.truncate(path, _whole_bytes(path))

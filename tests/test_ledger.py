@@ -262,6 +262,18 @@ def test_a_journal_is_shared_by_its_path(tmp_path: Path, written: str) -> None:
     assert short(World(gib(6)), studies.storage(where, "s", fresh=True), trials=0).attempts == ()
 
 
+def test_the_lock_of_a_process_that_was_killed_while_it_wrote_is_broken_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna's own patience is half a minute."""
+    monkeypatch.setattr(studies, "GRACE_S", 3)  # below it Optuna warns
+    (tmp_path / "x.journal.lock").symlink_to(tmp_path / "x.journal")
+    began_s = time.monotonic()
+    found = short(World(gib(6)), studies.storage(str(tmp_path / "x.journal"), "s"))
+    assert 3 <= time.monotonic() - began_s < 8
+    assert len(found.attempts) == 4
+
+
 def short(world: World, storage: Any = None, trials: int = 4) -> Found:
     """A study of a few trials."""
     limits, name = Limits(trials=trials), None if storage is None else "s"

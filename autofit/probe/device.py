@@ -36,7 +36,7 @@ SDPA_KERNELS = {
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COPY_BYTES = 256 * MIB  # large enough to pass caches, small enough for a card of 2 GiB
-MATRIX_SIDE = {"cuda": 4096, "cpu": 512}
+MATRIX_SIDE = {"cuda": 4096, "cpu": 256}
 _DEVICE = TypeAdapter(Device)
 
 
