@@ -11,8 +11,8 @@ from typing import Any
 from autofit import architectures, gpus, probe, report, session, store, trust
 from autofit.dryrun import DryRun
 from autofit.dryrun.quiet import others_quiet
-from autofit.forecast import HOW_SURE, Forecaster, image_s_band
-from autofit.match import Match, environment, match, unlike_description
+from autofit.forecast import TIME_SURE, Forecaster, image_s_band
+from autofit.match import Match, environment, match, needed_bytes, unlike_description
 from autofit.plain import plain
 from autofit.probe import device_named
 from autofit.spec import BadInput, Device, Failure, NothingFits, Outcome, Prediction, Profile
@@ -85,7 +85,7 @@ def _built_in(profile: Profile, path: Path, dtype: str | None) -> str:
 
 def predict(path: Path, model: str | None, gpu: str, dtype: str | None, as_json: bool) -> None:
     """Say what the plan, or the first of its leaner ones that should fit, needs and takes on a
-    card that is not here.
+    card that is not here. What it needs was measured; its time is predicted.
 
     Raises:
         BadInput: no such card, the profile is for something else, or no plan of it should fit.
@@ -110,6 +110,7 @@ def _prediction(trusted: Trusted, predicted: Prediction, card: Device) -> Mappin
     return {
         "match": plain(trusted.match),
         "plan": plain(trusted.profile.plan),
+        "needed_bytes": needed_bytes(trusted.profile.measured, card),
         "predicted": plain(predicted),
         "image_s_band": image_s_band(predicted, card),
         "on": {"device": card.name, "total_bytes": card.total_bytes},
@@ -120,13 +121,14 @@ def _lines(trusted: Trusted, predicted: Prediction, card: Device) -> str:
     profile = trusted.profile
     least, most = map(format_seconds, image_s_band(predicted, card))
     techniques = report.plan_text(profile.plan).split(" + ")
+    needed, whole = map(format_bytes, (needed_bytes(profile.measured, card), card.total_bytes))
     rows = [
         ("pipeline", f"{profile.pipeline}, {report.workload_text(profile.workload)}"),
         ("plan", *techniques),
         ("match", str(trusted.match)),
-        ("peak", f"about {format_bytes(predicted.peak_bytes)} of {format_bytes(card.total_bytes)}"),
+        ("peak", f"about {needed} of {whole}, by what was measured"),
         ("time", f"about {format_seconds(predicted.image_s)} a generation, {least} to {most}"),
-        ("predicted", HOW_SURE),
-        ("on", f"{card.name}, {format_bytes(card.total_bytes)}"),
+        ("predicted", f"by dry run, not measured: {TIME_SURE}"),
+        ("on", f"{card.name}, {whole}"),
     ]  # fmt: skip
     return report.fact_lines(rows)
