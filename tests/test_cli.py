@@ -106,7 +106,19 @@ class TestPlan:
         assert "verifying in full, twice, under the cap" in lines
         assert re.fullmatch(r"\d trials, planned in .+", lines[-1])
 
-    @pytest.mark.slow  # test_budgets.py has one, and test_host_budget.py
+    def test_without_json_the_profile_is_told(self, planned: Ended, home: Path) -> None:
+        # the same again: the study resumes, so that one more trial is all it takes
+        again = autofit(*PLAN, "--batch", "2", "--trials", "1", "--fidelity", "lossy")
+        assert again.code == 0
+        assert again.out.startswith("pipeline  StableDiffusionPipeline, 64x64, 4 steps, batch 2, ")
+        kept = Path(again.out.splitlines()[-1].removeprefix("profile").strip())
+        assert kept.parent == home / "profiles"
+        assert store.load(kept).budget_bytes == 10**9
+        before = [t["label"] for t in json.loads(planned.out)["trials"]]
+        tried = [t["label"] for t in store.load_why(kept)["trials"]]
+        assert tried[: len(before)] == before
+        assert len(set(tried)) == len(tried)
+
     def test_a_budget_too_small_is_exit_3_and_names_one_that_does(self) -> None:
         ended = autofit("plan", "tiny-sd", "--device", "cpu", "--budget", "1MB")
         assert ended.code == 3
@@ -205,15 +217,9 @@ def test_ctrl_c_keeps_the_study_and_the_same_command_resumes(tmp_path: Path) -> 
     assert Ended(130, out, err).complaint == "interrupted; the same command resumes"
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
-    command.remove("--json")  # the profile is told
     again = subprocess.run(command, timeout=120, check=False, **setting)
     assert again.returncode == 0
-    told, *_, last = again.stdout.splitlines()
-    assert told == "pipeline  StableDiffusionPipeline, 64x64, 4 steps, with guidance"
-    kept = Path(last.removeprefix("profile").strip())
-    assert kept.parent == tmp_path / "profiles"
-    assert store.load(kept).budget_bytes == 10**9
-    labels = [trial["label"] for trial in store.load_why(kept)["trials"]]
+    labels = [trial["label"] for trial in json.loads(again.stdout)["trials"]]
     assert labels[0] == first
     assert len(set(labels)) == len(labels)
     # tried before: not tried again

@@ -76,7 +76,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("command", ALL)
 def test_any_arguments_end_in_an_exit_code_and_one_line(command: str) -> None:
     @settings(
-        max_examples=40, deadline=None, database=None, derandomize=True,
+        max_examples=100, deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(arguments=written(command))
